@@ -1,0 +1,43 @@
+# Every command a developer needs. `make` alone lists them.
+
+# One build folder for all clones, because RocksDB takes long to compile, and one profile for the same reason.
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)
+export CARGO_TARGET_DIR ?= $(CACHE)/trefoil/target
+CARGO_FLAGS := --release --locked --workspace
+
+.PHONY: help deps build demo test bench jepsen fmt
+
+help:
+	@echo 'make demo     a whole cloud on this machine, told step by step, verified and removed again (root)'
+	@echo 'make test     every check and test; ends with a line of counts'
+	@echo 'make bench    throughput, latency and failover beside etcd on the same disk; a table and a JSON file'
+	@echo 'make jepsen   clients against real controllers under kills, pauses and partitions; a verdict'
+	@echo '              (TIME=seconds SEED=number NEMESIS=kill,pause,partition)'
+	@echo 'make build    the binaries, in $(CARGO_TARGET_DIR)/release'
+	@echo 'make fmt      write the source in the one format'
+	@echo 'make deps     say which Debian packages are missing; as root, install them (FOR=build or FOR=demo)'
+
+deps:
+	@scripts/deps $(or $(FOR),demo)
+
+build:
+	@scripts/deps build
+	cargo build $(CARGO_FLAGS) --bins
+
+demo:
+	@scripts/deps demo
+	cargo build $(CARGO_FLAGS) --bins
+	@$(CARGO_TARGET_DIR)/release/demo
+
+test:
+	@scripts/deps build
+	@scripts/test
+
+bench: build
+	@$(CARGO_TARGET_DIR)/release/bench --json $(CARGO_TARGET_DIR)/bench.json
+
+jepsen: build
+	@$(CARGO_TARGET_DIR)/release/trefoil-jepsen $(if $(TIME),--seconds $(TIME)) $(if $(SEED),--seed $(SEED)) $(if $(NEMESIS),--nemesis $(NEMESIS))
+
+fmt:
+	cargo fmt --all

@@ -1,0 +1,354 @@
+//! `trefoil vm`: machines, from creation to deletion.
+
+use std::{
+    fs,
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use api::{
+    error::ApiError,
+    proto::{
+        ConsoleLogRequest, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsReply, ListVmsRequest,
+        SetVmPowerRequest, Vm, VmRef,
+    },
+};
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use crate::{
+    context::{Context, PAGE, all_pages, change, read},
+    moment::moment_text,
+    output::{self, Format, Rows, details, printable},
+    quantity::{duration, duration_text, size_text},
+    wait::{Goal, WaitArgs, until},
+};
+
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Creates and starts a machine
+    #[command(
+        after_help = "Example:\n  trefoil vm create web --image debian --template small --network blue \\\n    --ssh-key ~/.ssh/id_ed25519.pub"
+    )]
+    Create(CreateArgs),
+    /// Lists machines
+    #[command(after_help = "Example:\n  trefoil vm list --status failed")]
+    List {
+        /// Only those on this node
+        #[arg(long)]
+        node: Option<String>,
+        /// Only those with this status: pending, creating, running, suspended, stopped, failed, ...
+        #[arg(long)]
+        status: Option<String>,
+    },
+    /// Shows one machine
+    #[command(after_help = "Example:\n  trefoil vm show web --output json")]
+    Show(Target),
+    /// Deletes a machine and its disk
+    #[command(after_help = "Example:\n  trefoil vm delete web")]
+    Delete {
+        #[command(flatten)]
+        target: Target,
+        /// Gone for you at once, even when its node cannot be reached
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Freezes a machine; its memory is kept
+    #[command(after_help = "Example:\n  trefoil vm suspend web")]
+    Suspend(Change),
+    /// Lets a suspended machine go on
+    #[command(after_help = "Example:\n  trefoil vm resume web")]
+    Resume(Change),
+    /// Shuts a machine down, and switches it off when it does not
+    #[command(after_help = "Example:\n  trefoil vm stop web --grace 2m")]
+    Stop {
+        #[command(flatten)]
+        change: Change,
+        /// How long it may take to shut down; 0 switches it off at once
+        #[arg(long, value_name = "TIME", value_parser = duration, default_value = "30s")]
+        grace: Duration,
+    },
+    /// Starts a stopped machine, on its disk
+    #[command(after_help = "Example:\n  trefoil vm start web")]
+    Start(Change),
+    /// Boots a machine again
+    #[command(after_help = "Example:\n  trefoil vm reboot web")]
+    Reboot(Change),
+    /// Prints the last of what a machine wrote to its serial console
+    #[command(after_help = "Example:\n  trefoil vm console web --bytes 4096")]
+    Console {
+        #[command(flatten)]
+        target: Target,
+        /// How much at most
+        #[arg(long, value_name = "SIZE", value_parser = crate::quantity::size, default_value = "64KiB")]
+        bytes: u64,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Target {
+    /// Name or id
+    vm: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Change {
+    #[command(flatten)]
+    target: Target,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// Name, and host name of the guest: letters, digits and dashes
+    name: String,
+    /// Image that its disk starts from
+    #[arg(long)]
+    image: String,
+    /// Template that says how large it is
+    #[arg(long)]
+    template: String,
+    /// Network that it is in
+    #[arg(long)]
+    network: String,
+    /// Public SSH key for the guest, a file or the key itself; may be given several times
+    #[arg(long = "ssh-key", value_name = "KEY")]
+    ssh_keys: Vec<String>,
+    /// File with cloud-init user data
+    #[arg(long, value_name = "FILE")]
+    user_data: Option<PathBuf>,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+pub async fn run(command: VmCommand, context: &Context) -> Result<(), ApiError> {
+    match command {
+        VmCommand::Create(args) => create(args, context).await,
+        VmCommand::List { node, status } => list(node, status, context).await,
+        VmCommand::Show(target) => show(target.vm, context).await,
+        VmCommand::Delete { target, force, wait } => delete(target.vm, force, &wait, context).await,
+        VmCommand::Suspend(change) => power(change, "suspended", Duration::ZERO, context).await,
+        VmCommand::Resume(change) | VmCommand::Start(change) => power(change, "running", Duration::ZERO, context).await,
+        VmCommand::Stop { change, grace } => power(change, "stopped", grace, context).await,
+        VmCommand::Reboot(change) => reboot(change, context).await,
+        VmCommand::Console { target, bytes } => console(target.vm, bytes, context).await,
+    }
+}
+
+async fn create(args: CreateArgs, context: &Context) -> Result<(), ApiError> {
+    let user_data = match &args.user_data {
+        Some(path) => read_text(path)?,
+        None => String::new(),
+    };
+    let body = CreateVmRequest {
+        tenant: context.tenant.clone(),
+        name: args.name,
+        image: args.image,
+        template: args.template,
+        network: args.network,
+        ssh_keys: args.ssh_keys.iter().map(|key| ssh_key(key)).collect::<Result<_, _>>()?,
+        user_data,
+    };
+    let vm = change!(context, create_vm, body)?;
+    follow(vm, Goal::Status("running"), &args.wait, context).await
+}
+
+async fn list(node: Option<String>, status: Option<String>, context: &Context) -> Result<(), ApiError> {
+    let mut read_at = None;
+    let vms = all_pages(async |after| {
+        let body = ListVmsRequest {
+            tenant: context.tenant.clone(),
+            limit: PAGE,
+            after,
+            node: node.clone().unwrap_or_default(),
+            status: status.clone().unwrap_or_default(),
+            stale: context.stale,
+        };
+        let page = read!(context, list_vms, body)?;
+        read_at = page.read_at;
+        Ok((page.vms, page.next))
+    })
+    .await?;
+    output::label(context.format, read_at.as_ref());
+    let reply = ListVmsReply { vms, next: String::new(), read_at };
+    context.print(&reply, || table(&reply.vms).render(None))
+}
+
+async fn show(vm: String, context: &Context) -> Result<(), ApiError> {
+    let vm = read!(context, get_vm, GetVmRequest { tenant: context.tenant.clone(), vm, stale: context.stale })?;
+    output::label(context.format, vm.read_at.as_ref());
+    context.print(&vm, || describe(&vm))
+}
+
+async fn delete(name: String, force: bool, wait: &WaitArgs, context: &Context) -> Result<(), ApiError> {
+    let tenant = context.tenant.clone();
+    let waits = wait.wanted(context);
+    // The id must be known before: afterwards the name may be gone, or another machine's.
+    let vm = match waits {
+        true => Some(read!(context, get_vm, GetVmRequest { tenant: tenant.clone(), vm: name.clone(), stale: false })?),
+        false => None,
+    };
+    let target = vm.as_ref().map_or_else(|| name.clone(), |vm| vm.id.clone());
+    change!(context, delete_vm, DeleteVmRequest { tenant, vm: target, force })?;
+    if let Some(vm) = &vm {
+        until(context, vm, Goal::Gone, wait).await?;
+    }
+    let state = if waits { "deleted" } else { "deleting" };
+    context.print(&json!({ state: name }), || format!("{state} {name}"))
+}
+
+async fn power(args: Change, wanted: &'static str, grace: Duration, context: &Context) -> Result<(), ApiError> {
+    let body = SetVmPowerRequest {
+        tenant: context.tenant.clone(),
+        vm: args.target.vm,
+        wanted: wanted.into(),
+        grace_millis: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+    };
+    let vm = change!(context, set_vm_power, body)?;
+    follow(vm, Goal::Status(wanted), &args.wait, context).await
+}
+
+async fn reboot(args: Change, context: &Context) -> Result<(), ApiError> {
+    let vm = change!(context, reboot_vm, VmRef { tenant: context.tenant.clone(), vm: args.target.vm })?;
+    follow(vm, Goal::Status("running"), &args.wait, context).await
+}
+
+async fn console(vm: String, bytes: u64, context: &Context) -> Result<(), ApiError> {
+    let max_bytes = u32::try_from(bytes).map_err(|_| ApiError::invalid("--bytes must be less than 4 GiB"))?;
+    let body = ConsoleLogRequest { tenant: context.tenant.clone(), vm, max_bytes };
+    let log = read!(context, console_log, body)?.log;
+    let text = String::from_utf8_lossy(&log).replace("\r\n", "\n");
+    match context.format {
+        Format::Json => context.print(&json!({ "log": text }), String::new),
+        // A guest must not drive the terminal of whoever looks at it.
+        Format::Table if std::io::stdout().is_terminal() => output::write(printable(&text).as_bytes()),
+        Format::Table => output::write(&log),
+    }
+}
+
+/// Waits when that is wanted, and tells what the machine is then.
+async fn follow(vm: Vm, goal: Goal, wait: &WaitArgs, context: &Context) -> Result<(), ApiError> {
+    let vm = if wait.wanted(context) { until(context, &vm, goal, wait).await?.unwrap_or(vm) } else { vm };
+    context.print(&vm, || sentence(&vm))
+}
+
+fn sentence(vm: &Vm) -> String {
+    let on = if vm.node.is_empty() { String::new() } else { format!(" on {}", vm.node) };
+    let addresses: String = vm.nics.iter().map(|nic| format!(", {}", nic.ip)).collect();
+    let why = if vm.reason.is_empty() { String::new() } else { format!(": {}", vm.reason) };
+    printable(&format!("{} '{}' {}{on}{addresses}{why}", vm.id, vm.name, vm.status)).into_owned()
+}
+
+fn table(vms: &[Vm]) -> Rows {
+    let row = |vm: &Vm| {
+        let addresses: Vec<_> = vm.nics.iter().map(|nic| nic.ip.as_str()).collect();
+        let progress = vm.progress.as_ref().map(|p| format!(" {}%", p.percent)).unwrap_or_default();
+        vec![
+            vm.id.clone(),
+            vm.name.clone(),
+            format!("{}{progress}", vm.status),
+            vm.node.clone(),
+            addresses.join(" "),
+            vm.vcpus.to_string(),
+            size_text(vm.memory_bytes),
+            size_text(vm.disk_bytes),
+            vm.reason.clone(),
+        ]
+    };
+    Rows::new(&["ID", "NAME", "STATUS", "NODE", "ADDRESS", ">VCPUS", ">MEMORY", ">DISK", "REASON"], vms.iter().map(row))
+}
+
+fn describe(vm: &Vm) -> String {
+    let nics: Vec<_> = vm.nics.iter().map(|nic| format!("{} {} {}", nic.network, nic.ip, nic.mac)).collect();
+    let progress = vm.progress.as_ref().map(|p| format!("{} {}%", p.step, p.percent));
+    let usage = vm.usage.as_ref().map(|usage| {
+        format!(
+            "cpu {}, memory {}, disk {}, received {}, sent {}",
+            duration_text(usage.cpu_time_millis),
+            size_text(usage.memory_used_bytes),
+            size_text(usage.disk_used_bytes),
+            size_text(usage.rx_bytes),
+            size_text(usage.tx_bytes)
+        )
+    });
+    let retry = (vm.retry_at_millis > 0).then(|| moment_text(vm.retry_at_millis));
+    details(
+        &[
+            ("id", vm.id.clone()),
+            ("name", vm.name.clone()),
+            ("tenant", vm.tenant.clone()),
+            ("status", vm.status.clone()),
+            ("reason", vm.reason.clone()),
+            ("progress", progress.unwrap_or_default()),
+            ("tried again at", retry.unwrap_or_default()),
+            ("node", vm.node.clone()),
+            ("hypervisor", vm.hypervisor.clone()),
+            ("image", vm.image.clone()),
+            ("template", vm.template.clone()),
+            ("vcpus", vm.vcpus.to_string()),
+            ("memory", size_text(vm.memory_bytes)),
+            ("disk", size_text(vm.disk_bytes)),
+            ("networks", nics.join("\n")),
+            ("usage", usage.unwrap_or_default()),
+            ("created at", moment_text(vm.created_at_millis)),
+            ("changed at", moment_text(vm.changed_at_millis)),
+        ],
+        None,
+    )
+}
+
+/// The key itself, or the file that it is in.
+fn ssh_key(given: &str) -> Result<String, ApiError> {
+    let is_key = ["ssh-", "ecdsa-", "sk-"].iter().any(|kind| given.starts_with(kind)) && given.contains(' ');
+    if is_key { Ok(given.into()) } else { Ok(read_text(Path::new(given))?.trim().into()) }
+}
+
+fn read_text(path: &Path) -> Result<String, ApiError> {
+    fs::read_to_string(path).map_err(|e| ApiError::invalid(format!("cannot read {}: {e}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use api::proto::{Nic, Progress};
+
+    fn vm() -> Vm {
+        Vm {
+            id: "vm-17".into(),
+            name: "web".into(),
+            status: "creating".into(),
+            node: "node-2".into(),
+            vcpus: 1,
+            memory_bytes: 512 << 20,
+            disk_bytes: 3 << 29,
+            nics: vec![Nic { network: "blue".into(), mac: "02:54:00:00:00:01".into(), ip: "10.0.0.2".into() }],
+            progress: Some(Progress { step: "fetch image".into(), percent: 40 }),
+            ..Vm::default()
+        }
+    }
+
+    #[test]
+    fn a_machine_reads_well_as_a_line_and_as_a_row() {
+        assert_eq!(sentence(&vm()), "vm-17 'web' creating on node-2, 10.0.0.2");
+        assert_eq!(
+            table(&[vm()]).render(None),
+            "ID     NAME  STATUS        NODE    ADDRESS   VCPUS   MEMORY     DISK  REASON\n\
+             vm-17  web   creating 40%  node-2  10.0.0.2      1  512 MiB  1.5 GiB"
+        );
+        assert!(describe(&vm()).contains("progress    fetch image 40%"));
+    }
+
+    #[test]
+    fn a_key_is_text_or_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("id.pub");
+        fs::write(&file, "ssh-ed25519 AAAA me\n").unwrap();
+        assert_eq!(ssh_key(file.to_str().unwrap()).unwrap(), "ssh-ed25519 AAAA me");
+        assert_eq!(ssh_key("ssh-rsa AAAA").unwrap(), "ssh-rsa AAAA");
+        assert!(ssh_key("/missing").unwrap_err().message.contains("/missing"));
+    }
+}

@@ -1,0 +1,26 @@
+//! A whole cloud on one machine: `trefoil up`, `trefoil down`, and `trefoil lab` to break it and look inside.
+//!
+//! With the simulated hypervisor everything is a process on loopback and no rights are needed. With libvirt each host
+//! is a set of namespaces with a libvirtd of its own, each controller has a network namespace, and a switch in another
+//! one joins them; the machine's own network carries none of it, and unix sockets lead in.
+//!
+//! `cloud` is what there is, written to `cloud.json`; `process` starts and ends processes by identity; `place` is the
+//! namespaces that a command runs in; `switch` and `host` make them, `init` is the first process of a host. `up`,
+//! `down` and `hand` are the commands. Deliberately not here: anything that a real installation needs.
+
+mod cloud;
+mod down;
+mod hand;
+mod host;
+mod init;
+mod member;
+mod place;
+mod process;
+mod switch;
+mod telling;
+mod up;
+
+pub use cloud::{Cloud, LabHypervisor, Placement};
+pub use down::{DownArgs, down};
+pub use hand::{LabCommand, lab};
+pub use up::{UpArgs, how_to_use, up};

@@ -1,0 +1,77 @@
+//! The switch that joins controllers and hosts: a bridge in a network namespace of its own, a port for each.
+
+use std::net::IpAddr;
+
+use anyhow::{Result, bail};
+
+use super::{
+    cloud::Cloud,
+    place::Place,
+    process::{ProcessId, run},
+};
+
+const NAME: &str = "sw";
+
+/// Makes the switch.
+///
+/// # Errors
+/// When the kernel refuses.
+pub async fn make(cloud: &Cloud) -> Result<()> {
+    let switch = &cloud.namespace(NAME);
+    ip(&["netns", "add", switch]).await?;
+    ip(&["-n", switch, "link", "add", "under", "type", "bridge", "forward_delay", "0", "stp_state", "0"]).await?;
+    ip(&["-n", switch, "link", "set", "under", "up"]).await
+}
+
+/// Makes the network namespace of a controller and plugs it in.
+///
+/// # Errors
+/// When the kernel refuses.
+pub async fn plug_controller(cloud: &Cloud, name: &str, underlay: IpAddr) -> Result<()> {
+    let namespace = &cloud.namespace(name);
+    ip(&["netns", "add", namespace]).await?;
+    plug(cloud, name, namespace, underlay).await?;
+    set_up(&Place::Network(namespace.clone()), underlay).await
+}
+
+/// Plugs in a host by its first process.
+///
+/// # Errors
+/// When the kernel refuses.
+pub async fn plug_host(cloud: &Cloud, name: &str, underlay: IpAddr, init: ProcessId) -> Result<()> {
+    plug(cloud, name, &init.pid.to_string(), underlay).await?;
+    set_up(&Place::Host(init), underlay).await
+}
+
+/// Pulls a cable, or plugs it in again.
+///
+/// # Errors
+/// When there is no such port.
+pub async fn set_port(cloud: &Cloud, name: &str, connected: bool) -> Result<()> {
+    let state = if connected { "up" } else { "down" };
+    ip(&["-n", &cloud.namespace(NAME), "link", "set", name, state]).await
+}
+
+/// The cable is made inside the switch: the machine's own network never sees an end of it. `to` is the name of a
+/// namespace or a process. As a real card's, the MAC is the same after each boot: neighbours remember it.
+async fn plug(cloud: &Cloud, port: &str, to: &str, underlay: IpAddr) -> Result<()> {
+    let switch = &cloud.namespace(NAME);
+    let octets = match underlay {
+        IpAddr::V4(ip) => ip.octets(),
+        IpAddr::V6(_) => bail!("the switch carries IPv4"),
+    };
+    let mac = octets.iter().fold(String::from("06:77"), |mac, octet| format!("{mac}:{octet:02x}"));
+    let cable = ["type", "veth", "peer", "name", "under0", "address", &mac, "netns", to];
+    ip(&[&["-n", switch, "link", "add", port], &cable[..]].concat()).await?;
+    ip(&["-n", switch, "link", "set", port, "master", "under", "up"]).await
+}
+
+async fn set_up(place: &Place, underlay: IpAddr) -> Result<()> {
+    run(place, &["ip", "link", "set", "lo", "up"]).await?;
+    run(place, &["ip", "address", "add", &format!("{underlay}/16"), "dev", "under0"]).await?;
+    run(place, &["ip", "link", "set", "under0", "up"]).await.map(|_| ())
+}
+
+async fn ip(arguments: &[&str]) -> Result<()> {
+    run(&Place::Here, &[&["ip"], arguments].concat()).await.map(|_| ())
+}

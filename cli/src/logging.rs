@@ -1,0 +1,28 @@
+//! What a server tells about itself, and what a client tells when it is asked to: on the error stream, by `TREFOIL_LOG`.
+
+use std::io;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::{arguments::Command, config::variable};
+
+/// A server logs at `info` unless `TREFOIL_LOG` says otherwise, for example `debug` or `raft=trace,info`; a client logs
+/// only when `TREFOIL_LOG` is set.
+pub fn init(command: &Command) {
+    let asked = variable("TREFOIL_LOG");
+    if asked.is_none() && !command.is_server() {
+        return;
+    }
+    let filter = EnvFilter::try_new(asked.as_deref().unwrap_or("info"));
+    let filter = filter.unwrap_or_else(|e| {
+        eprintln!("TREFOIL_LOG is ignored: {e}");
+        EnvFilter::new("info")
+    });
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // A second logger can only come from a test that runs several commands in one process; the first one stays.
+    let _ = if command.logs_json() {
+        subscriber.json().try_init()
+    } else {
+        subscriber.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).try_init()
+    };
+}

@@ -1,0 +1,140 @@
+//! What every call shares: the replica, what was heard, and how a proposal or a read becomes an answer or an error.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use api::{
+    error::ApiError,
+    proto::ReadAt,
+    tls::{CertificateAuthority, Identity},
+};
+use model::{Actor, Command, Rejection, Reply, Request, State, Telemetry, Timestamp};
+use raft::{Committed, Proposal, ProposeError, ReadError, Replica};
+
+pub(crate) struct Core {
+    pub replica: Replica,
+    pub authority: CertificateAuthority,
+    pub identity: Identity,
+    pub ears: Mutex<Telemetry>,
+}
+
+/// How long an answer waits for this replica to apply what the quorum committed.
+const CATCH_UP: Duration = Duration::from_secs(5);
+
+/// Where a call's answer is from.
+#[derive(Clone, Copy)]
+pub(crate) enum Freshness {
+    Linearizable,
+    Stale,
+}
+
+impl From<bool> for Freshness {
+    fn from(stale: bool) -> Self {
+        if stale { Self::Stale } else { Self::Linearizable }
+    }
+}
+
+impl Core {
+    /// Reads the state as fresh as was asked for; the label says what it was.
+    pub async fn read<T>(&self, freshness: Freshness, look: impl FnOnce(&State) -> T) -> Result<(T, ReadAt), ApiError> {
+        if matches!(freshness, Freshness::Linearizable) {
+            self.linearize().await?;
+        }
+        let stale = matches!(freshness, Freshness::Stale);
+        let age = if stale { self.replica.stale_age() } else { Some(Duration::ZERO) };
+        let age_millis = age.map_or(u64::MAX, |age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
+        Ok(self.replica.read_indexed(|state, index| (look(state), ReadAt { index, stale, age_millis })))
+    }
+
+    pub async fn linearize(&self) -> Result<(), ApiError> {
+        self.replica.linearize().await.map(|_| ()).map_err(read_error)
+    }
+
+    /// Makes a command from names and proposes it.
+    ///
+    /// `command` runs on this replica's state, which may be a little behind: what it does not find, or what the quorum
+    /// then does not find, is looked for once more after a read-index round. A request that is remembered gets its
+    /// first reply, even when the names in it mean nothing any more.
+    pub async fn change<F>(&self, actor: &Actor, request: Request, command: F) -> Result<(u64, Reply), ApiError>
+    where
+        F: Fn(&State) -> Result<Command, ApiError>,
+    {
+        for fresh in [false, true] {
+            if fresh {
+                self.linearize().await?;
+            }
+            let (remembered, command) = self.replica.read_indexed(|state, index| {
+                let seen = state.requests().get(&request.id).map(|seen| (seen.body == request.body, seen.reply.clone(), index));
+                (seen, command(state))
+            });
+            match remembered {
+                Some((true, reply, index)) => return Ok((index, reply)),
+                Some((false, ..)) => return Err(Rejection::RequestReused.into()),
+                None => {}
+            }
+            let committed = match command {
+                Err(error) if error.code == "not-found" && !fresh => continue,
+                Err(error) => return Err(error),
+                Ok(command) => self.propose(actor.clone(), Some(request), command).await?,
+            };
+            match committed.applied {
+                Ok(reply) => return Ok((committed.index, reply)),
+                Err(Rejection::NotFound { .. }) if !fresh => {}
+                Err(rejection) => return Err(rejection.into()),
+            }
+        }
+        Err(ApiError::internal("the second look at the state is always the last"))
+    }
+
+    pub async fn propose(&self, actor: Actor, request: Option<Request>, command: Command) -> Result<Committed, ApiError> {
+        self.replica.propose(Proposal { request, actor, command }).await.map_err(propose_error)
+    }
+
+    /// Waits until this replica has applied `index`, so that an answer shows what was just changed.
+    pub async fn applied(&self, index: u64) -> Result<(), ApiError> {
+        let mut applied = self.replica.watch_applied();
+        let caught_up = tokio::time::timeout(CATCH_UP, applied.wait_for(|at| *at >= index)).await;
+        match caught_up {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(ApiError::new("unavailable", "this controller is stopping")),
+            Err(_) => Err(ApiError::timeout("it is done, but this controller is too far behind to show it")),
+        }
+    }
+
+    /// What was heard; the lock is held for look-ups only, never across a wait.
+    pub fn hear<T>(&self, look: impl FnOnce(&mut Telemetry) -> T) -> T {
+        look(&mut self.ears.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The wall clock, for entries' times and for how long ago something was heard.
+pub(crate) fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+pub(crate) fn read_error(error: ReadError) -> ApiError {
+    match error {
+        ReadError::NoQuorum => ApiError::no_quorum("no majority of the controllers answers, so a current answer cannot be given (try --stale)"),
+        ReadError::Timeout => ApiError::new("unavailable", "the quorum did not confirm the read in time"),
+        ReadError::Stopped => ApiError::new("unavailable", "this controller is stopping"),
+    }
+}
+
+pub(crate) fn propose_error(error: ProposeError) -> ApiError {
+    match error {
+        ProposeError::NoQuorum | ProposeError::NotLeader => {
+            ApiError::no_quorum("no majority of the controllers answers; nothing was changed")
+        }
+        ProposeError::Unknown => {
+            ApiError::timeout("the quorum did not confirm the change in time; it may or may not happen (repeat it with the same request id)")
+        }
+        ProposeError::Overloaded => ApiError::overloaded("too many changes are under way; nothing was changed"),
+        ProposeError::TooLarge { bytes, limit } => {
+            ApiError::new("too-large", format!("the request has {bytes} bytes, at most {limit} are allowed"))
+        }
+        ProposeError::Stopped => ApiError::new("unavailable", "this controller is stopping; nothing was changed"),
+    }
+}

@@ -1,0 +1,71 @@
+//! The leader's loop: plan from the state and what was heard, propose, and again when either has changed.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::future::join_all;
+use model::{Command, plan};
+use raft::ProposeError;
+use tokio::time::{sleep, timeout};
+
+use crate::{
+    core::{Core, now},
+    keep,
+};
+
+/// Silence and deadlines are noticed without any entry, so the planners also run by the clock.
+const TICK: Duration = Duration::from_millis(500);
+/// A busy log wakes the loop with every batch; one round in this time is enough.
+const BREATH: Duration = Duration::from_millis(10);
+
+/// Runs until the process ends; works only while this controller leads.
+pub(crate) async fn lead(core: Arc<Core>) {
+    let mut leadership = core.replica.watch_leadership();
+    loop {
+        let Ok(term) = leadership.wait_for(|leadership| leadership.leading).await.map(|leadership| leadership.term) else { return };
+        tracing::info!(term, "this controller leads");
+        core.hear(|ears| ears.leader_since = now());
+        let term_ended = async {
+            // An error means that the replica is gone, which ends the term as well.
+            let _ = leadership.wait_for(|leadership| !leadership.leading || leadership.term != term).await;
+        };
+        tokio::select! {
+            () = term_ended => tracing::info!(term, "this controller no longer leads"),
+            () = plan_on(&core, term) => {}
+            () = keep::keep(&core) => {}
+        }
+    }
+}
+
+async fn plan_on(core: &Core, term: u64) {
+    let mut applied = core.replica.watch_applied();
+    loop {
+        applied.borrow_and_update();
+        let heard = core.hear(|ears| ears.clone());
+        let commands = core.replica.read(|state| plan::plan(state, &heard, now()));
+        let proposed = join_all(commands.into_iter().map(|command| propose(core, term, command))).await;
+        if proposed.iter().any(|done| !done) {
+            sleep(TICK).await;
+        }
+        sleep(BREATH).await;
+        // Time passing is as good a reason to plan as a change.
+        let _ = timeout(TICK, applied.changed()).await;
+    }
+}
+
+/// False when the quorum did not take it; the next round plans again from what is true then.
+async fn propose(core: &Core, term: u64, command: Command) -> bool {
+    match core.replica.propose_as_leader(term, command.clone()).await {
+        Ok(committed) => {
+            match committed.applied {
+                Ok(_) => tracing::info!(index = committed.index, ?command, "planned"),
+                Err(rejection) => tracing::debug!(index = committed.index, ?command, %rejection, "a plan was refused"),
+            }
+            true
+        }
+        Err(ProposeError::NotLeader | ProposeError::NoQuorum) => false,
+        Err(error) => {
+            tracing::warn!(%error, ?command, "a plan was not committed");
+            false
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! The server: eyes, ears and a voice for the replicated state.
+//!
+//! `found`, `enrol` and `run` are the three things a person does with a controller. `core` is what all calls share;
+//! `service` answers people and programs, `admit` lets controllers and agents in, `session` and `hear` speak with
+//! agents, `lead` and `keep` are the leader's loops. Nothing here decides what the cloud should be: that is `model`.
+
+#![forbid(unsafe_code)]
+
+mod config;
+mod found;
+mod enrol;
+mod run;
+mod core;
+mod access;
+mod name;
+mod view;
+mod service;
+mod replicas;
+mod admit;
+mod session;
+mod hear;
+mod lead;
+mod keep;
+
+pub use config::Timing;
+pub use enrol::{JoinArgs, join};
+pub use found::{InitArgs, InitOutcome, init};
+pub use run::{RunArgs, run};

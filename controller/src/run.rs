@@ -1,0 +1,117 @@
+//! `trefoil controller run`: opens the replica, listens, and stops so that nobody notices.
+
+use std::{
+    future::Future,
+    os::unix::fs::PermissionsExt,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use api::{
+    proto::{join_server::JoinServer, node_session_server::NodeSessionServer, trefoil_server::TrefoilServer},
+    session::MAX_FRAME_BYTES,
+    tls::{self, CertificateAuthority, Identity},
+};
+use model::Telemetry;
+use raft::Replica;
+use tokio::net::{TcpListener, UdpSocket, UnixListener};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::{
+    Server,
+    server::{Router, TcpIncoming},
+};
+
+use crate::{
+    admit::Admission,
+    config::{Config, random},
+    core::Core,
+    found::replica_config,
+    hear, lead,
+    service::{MAX_REQUEST_BYTES, Service},
+    session::Sessions,
+};
+
+pub struct RunArgs {
+    pub data: PathBuf,
+}
+
+/// Calls that are open when the controller stops may take this long to end.
+const DRAIN: Duration = Duration::from_secs(2);
+/// An image upload at 10 Gbit/s and 1 ms has about 1.25 MB in flight.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// Calls that one connection may have open; more wait in the client.
+const CALLS_PER_CONNECTION: u32 = 2048;
+
+/// Runs until `shutdown` is ready, then hands leadership over, lets open calls end and stops.
+///
+/// # Errors
+/// When the data directory is not a controller's, an address cannot be listened on, or the replica cannot open.
+pub async fn run(args: RunArgs, shutdown: impl Future<Output = ()>) -> Result<()> {
+    let config = Config::load(&args.data)?;
+    let identity = Identity::load(&args.data)?.with_context(|| format!("{} has no identity", args.data.display()))?;
+    let authority =
+        CertificateAuthority::load(&args.data)?.with_context(|| format!("{} has no authority", args.data.display()))?;
+    let tcp = TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {} (TCP)", config.listen))?;
+    let udp = UdpSocket::bind(config.listen).await.with_context(|| format!("cannot listen on {} (UDP)", config.listen))?;
+    let unix = unix_listener(&args.data)?;
+    let replica = Replica::open(replica_config(&config, args.data.clone(), &identity)).await?;
+    let core = Arc::new(Core { replica, authority, identity, ears: Mutex::new(Telemetry::default()) });
+
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let until = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
+        // The sender lives until the end of `run`; losing it means the same.
+        let _ = stopped.wait_for(|stop| *stop).await;
+    };
+    let incoming = TcpIncoming::from(tcp).with_nodelay(Some(true));
+    let over_tcp = router(&core)?.serve_with_incoming_shutdown(incoming, until(stopped.clone()));
+    let over_unix = router(&core)?.serve_with_incoming_shutdown(UnixListenerStream::new(unix), until(stopped));
+    let servers = tokio::spawn(async move { tokio::try_join!(over_tcp, over_unix) });
+    let nonce = u64::from_le_bytes(random()?[..8].try_into().context("eight of 32 bytes")?) | 1;
+    tokio::spawn(hear::listen(core.clone(), udp, nonce));
+    tokio::spawn(lead::lead(core.clone()));
+    tracing::info!(controller = config.id, name = config.name, cluster = config.cluster, listen = %config.listen, "running");
+
+    shutdown.await;
+    tracing::info!("stopping: leadership is handed over first");
+    core.replica.shutdown().await;
+    // Sessions with agents are open without end; what is not done within the drain is broken off.
+    let _ = stop.send(true);
+    let _ = tokio::time::timeout(DRAIN, servers).await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn router(core: &Arc<Core>) -> Result<Router> {
+    let service = TrefoilServer::new(Service { core: core.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let admission = JoinServer::new(Admission { core: core.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let sessions = NodeSessionServer::new(Sessions { core: core.clone() }).max_decoding_message_size(MAX_FRAME_BYTES);
+    Ok(Server::builder()
+        .tls_config(tls::server_tls(&core.identity))?
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_concurrent_streams(CALLS_PER_CONNECTION)
+        .http2_keepalive_interval(Some(Duration::from_secs(5)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .add_service(service)
+        .add_service(admission)
+        .add_service(sessions)
+        .add_service(core.replica.service()))
+}
+
+/// `DATA/api.sock` speaks the same as the TCP port, tokens and all, so anybody on the machine may connect to it.
+fn unix_listener(data: &std::path::Path) -> Result<UnixListener> {
+    let path = data.join("api.sock");
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot remove the old {}", path.display()));
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666))?;
+    Ok(listener)
+}

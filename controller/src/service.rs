@@ -1,0 +1,212 @@
+//! The public API: one line a call here, the work by noun below.
+
+use std::{pin::Pin, sync::Arc};
+
+use api::{error::ApiError, proto, proto::trefoil_server::Trefoil};
+use model::{Command, Reply, State};
+use prost::Message;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{access, access::Caller, core::Core};
+
+mod bill;
+mod image;
+mod network;
+mod node;
+mod operator;
+mod page;
+mod quorum;
+mod tag;
+mod vm;
+
+pub(crate) struct Service {
+    pub core: Arc<Core>,
+}
+
+/// The largest request that is not a stream: a machine with its user data and keys is at most 300 KB.
+pub(crate) const MAX_REQUEST_BYTES: usize = 1 << 20;
+
+type Answer<T> = Result<Response<T>, Status>;
+type Flow<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn answer<T>(result: Result<T, ApiError>) -> Answer<T> {
+    result.map(Response::new).map_err(|error| {
+        if error.code == "internal" {
+            tracing::error!(%error, "a call failed for a reason of our own");
+        }
+        error.into()
+    })
+}
+
+impl Service {
+    /// A mutating call: who asks, under which request id, and the command that its names come to.
+    async fn change<B, F>(&self, method: &str, request: &Request<B>, command: F) -> Result<(Caller, u64, Reply), ApiError>
+    where
+        B: Message,
+        F: Fn(&State, &Caller, &B) -> Result<Command, ApiError>,
+    {
+        let caller = access::caller(&self.core, request).await?;
+        let id = access::request_of(method, request)?;
+        let body = request.get_ref();
+        let make = |state: &State| command(state, &caller, body);
+        let changed = self.core.change(&caller.actor(), id, make).await;
+        match &changed {
+            Ok((index, _)) => tracing::info!(request = %id.id, user = caller.name, method, index, "changed"),
+            Err(error) => tracing::info!(request = %id.id, user = caller.name, method, code = error.code, %error, "refused"),
+        }
+        let (index, reply) = changed?;
+        Ok((caller, index, reply))
+    }
+
+    /// The same, for calls that answer nothing but that it was done.
+    async fn do_change<B, F>(&self, method: &str, request: Request<B>, command: F) -> Answer<proto::Done>
+    where
+        B: Message,
+        F: Fn(&State, &Caller, &B) -> Result<Command, ApiError>,
+    {
+        answer(self.change(method, &request, command).await.map(|_| proto::Done {}))
+    }
+}
+
+#[tonic::async_trait]
+impl Trefoil for Service {
+    type ExportImageStream = Flow<proto::Chunk>;
+
+    async fn create_vm(&self, request: Request<proto::CreateVmRequest>) -> Answer<proto::Vm> {
+        answer(self.vm_create(request).await)
+    }
+    async fn get_vm(&self, request: Request<proto::GetVmRequest>) -> Answer<proto::Vm> {
+        answer(self.vm_get(request).await)
+    }
+    async fn list_vms(&self, request: Request<proto::ListVmsRequest>) -> Answer<proto::ListVmsReply> {
+        answer(self.vm_list(request).await)
+    }
+    async fn set_vm_power(&self, request: Request<proto::SetVmPowerRequest>) -> Answer<proto::Vm> {
+        answer(self.vm_power(request).await)
+    }
+    async fn reboot_vm(&self, request: Request<proto::VmRef>) -> Answer<proto::Vm> {
+        answer(self.vm_reboot(request).await)
+    }
+    async fn delete_vm(&self, request: Request<proto::DeleteVmRequest>) -> Answer<proto::Done> {
+        self.do_change("DeleteVm", request, vm::delete).await
+    }
+    async fn console_log(&self, request: Request<proto::ConsoleLogRequest>) -> Answer<proto::ConsoleLogReply> {
+        answer(self.vm_console(request).await)
+    }
+
+    async fn create_network(&self, request: Request<proto::CreateNetworkRequest>) -> Answer<proto::Network> {
+        answer(self.network_create(request).await)
+    }
+    async fn list_networks(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListNetworksReply> {
+        answer(self.network_list(request).await)
+    }
+    async fn delete_network(&self, request: Request<proto::NamedRef>) -> Answer<proto::Done> {
+        self.do_change("DeleteNetwork", request, network::delete).await
+    }
+
+    async fn import_image(&self, request: Request<Streaming<proto::ImportImageRequest>>) -> Answer<proto::Image> {
+        answer(self.image_import(request).await)
+    }
+    async fn export_image(&self, request: Request<proto::NamedRef>) -> Answer<Self::ExportImageStream> {
+        answer(self.image_export(request).await)
+    }
+    async fn list_images(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListImagesReply> {
+        answer(self.image_list(request).await)
+    }
+    async fn get_image(&self, request: Request<proto::NamedRef>) -> Answer<proto::Image> {
+        answer(self.image_get(request).await)
+    }
+    async fn delete_image(&self, request: Request<proto::NamedRef>) -> Answer<proto::Done> {
+        self.do_change("DeleteImage", request, image::delete).await
+    }
+
+    async fn set_tag(&self, request: Request<proto::SetTagRequest>) -> Answer<proto::Tag> {
+        answer(self.tag_set(request).await)
+    }
+    async fn get_tag(&self, request: Request<proto::GetTagRequest>) -> Answer<proto::Tag> {
+        answer(self.tag_get(request).await)
+    }
+    async fn list_tags(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListTagsReply> {
+        answer(self.tag_list(request).await)
+    }
+    async fn delete_tag(&self, request: Request<proto::DeleteTagRequest>) -> Answer<proto::Done> {
+        self.do_change("DeleteTag", request, tag::delete).await
+    }
+
+    async fn get_bill(&self, request: Request<proto::GetBillRequest>) -> Answer<proto::Bill> {
+        answer(self.bill_get(request).await)
+    }
+    async fn set_price(&self, request: Request<proto::SetPriceRequest>) -> Answer<proto::Done> {
+        self.do_change("SetPrice", request, bill::set_price).await
+    }
+    async fn list_prices(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListPricesReply> {
+        answer(self.price_list(request).await)
+    }
+
+    async fn create_tenant(&self, request: Request<proto::CreateTenantRequest>) -> Answer<proto::Tenant> {
+        answer(self.tenant_create(request).await)
+    }
+    async fn set_quota(&self, request: Request<proto::CreateTenantRequest>) -> Answer<proto::Tenant> {
+        answer(self.tenant_quota(request).await)
+    }
+    async fn list_tenants(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListTenantsReply> {
+        answer(self.tenant_list(request).await)
+    }
+    async fn delete_tenant(&self, request: Request<proto::NamedRef>) -> Answer<proto::Done> {
+        self.do_change("DeleteTenant", request, operator::delete_tenant).await
+    }
+    async fn create_user(&self, request: Request<proto::CreateUserRequest>) -> Answer<proto::CreateUserReply> {
+        answer(self.user_create(request).await)
+    }
+    async fn list_users(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListUsersReply> {
+        answer(self.user_list(request).await)
+    }
+    async fn delete_user(&self, request: Request<proto::NamedRef>) -> Answer<proto::Done> {
+        self.do_change("DeleteUser", request, operator::delete_user).await
+    }
+    async fn create_template(&self, request: Request<proto::Template>) -> Answer<proto::Template> {
+        answer(self.template_create(request).await)
+    }
+    async fn list_templates(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListTemplatesReply> {
+        answer(self.template_list(request).await)
+    }
+    async fn delete_template(&self, request: Request<proto::NamedRef>) -> Answer<proto::Done> {
+        self.do_change("DeleteTemplate", request, operator::delete_template).await
+    }
+    async fn set_setting(&self, request: Request<proto::Setting>) -> Answer<proto::Setting> {
+        answer(self.setting_set(request).await)
+    }
+    async fn list_settings(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListSettingsReply> {
+        answer(self.setting_list(request).await)
+    }
+
+    async fn list_nodes(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListNodesReply> {
+        answer(self.node_list(request).await)
+    }
+    async fn get_node(&self, request: Request<proto::NamedRef>) -> Answer<proto::Node> {
+        answer(self.node_get(request).await)
+    }
+    async fn cordon_node(&self, request: Request<proto::CordonNodeRequest>) -> Answer<proto::Node> {
+        answer(self.node_cordon(request).await)
+    }
+    async fn remove_node(&self, request: Request<proto::RemoveNodeRequest>) -> Answer<proto::Done> {
+        self.do_change("RemoveNode", request, node::remove).await
+    }
+
+    async fn issue_join_token(&self, request: Request<proto::IssueJoinTokenRequest>) -> Answer<proto::IssueJoinTokenReply> {
+        answer(self.join_token_issue(request).await)
+    }
+    async fn quorum_status(&self, request: Request<proto::QuorumStatusRequest>) -> Answer<proto::QuorumStatusReply> {
+        answer(self.quorum_survey(request).await)
+    }
+    async fn add_voter(&self, request: Request<proto::ControllerRef>) -> Answer<proto::Done> {
+        answer(self.quorum_add(request).await)
+    }
+    async fn remove_controller(&self, request: Request<proto::ControllerRef>) -> Answer<proto::Done> {
+        answer(self.quorum_remove(request).await)
+    }
+    async fn transfer_leader(&self, request: Request<proto::ControllerRef>) -> Answer<proto::Done> {
+        answer(self.quorum_transfer(request).await)
+    }
+}

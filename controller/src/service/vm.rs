@@ -1,0 +1,120 @@
+//! Machines.
+
+use std::ops::Bound;
+
+use api::{error::ApiError, proto};
+use model::{Command, Reply, Role, State, TenantCommand, Vm, VmId, Wanted};
+use tonic::Request;
+
+use super::{Service, page};
+use crate::{access, access::Caller, name, replicas, view};
+
+/// The longest piece of a console log that one call gives.
+const MOST_LOG_BYTES: u32 = 1 << 20;
+
+impl Service {
+    pub(super) async fn vm_create(&self, request: Request<proto::CreateVmRequest>) -> Result<proto::Vm, ApiError> {
+        let (_, index, reply) = self.change("CreateVm", &request, create).await?;
+        self.vm_shown(index, reply).await
+    }
+
+    pub(super) async fn vm_power(&self, request: Request<proto::SetVmPowerRequest>) -> Result<proto::Vm, ApiError> {
+        let (_, index, reply) = self.change("SetVmPower", &request, power).await?;
+        self.vm_shown(index, reply).await
+    }
+
+    pub(super) async fn vm_reboot(&self, request: Request<proto::VmRef>) -> Result<proto::Vm, ApiError> {
+        let (_, index, reply) = self.change("RebootVm", &request, reboot).await?;
+        self.vm_shown(index, reply).await
+    }
+
+    async fn vm_shown(&self, index: u64, reply: Reply) -> Result<proto::Vm, ApiError> {
+        let Reply::Vm(id) = reply else { return Err(ApiError::internal(format!("a machine's command replied {reply:?}"))) };
+        self.core.applied(index).await?;
+        let shown = self.core.replica.read(|state| state.vms().get(&id).map(|vm| self.core.hear(|ears| view::vm(state, ears, vm))));
+        shown.ok_or_else(|| ApiError::not_found(format!("vm '{id}' was made by this request and deleted since")))
+    }
+
+    pub(super) async fn vm_get(&self, request: Request<proto::GetVmRequest>) -> Result<proto::Vm, ApiError> {
+        let caller = access::caller(&self.core, &request).await?;
+        let body = request.into_inner();
+        let look = |state: &State| {
+            let vm = name::vm(state, &caller, &body.tenant, &body.vm)?;
+            Ok(self.core.hear(|ears| view::vm(state, ears, vm)))
+        };
+        let (vm, read_at) = self.core.read(body.stale.into(), look).await?;
+        vm.map(|vm| proto::Vm { read_at: Some(read_at), ..vm })
+    }
+
+    pub(super) async fn vm_list(&self, request: Request<proto::ListVmsRequest>) -> Result<proto::ListVmsReply, ApiError> {
+        let caller = access::caller(&self.core, &request).await?;
+        let body = request.into_inner();
+        let limit = page::limit(body.limit)?;
+        let after: VmId = page::after(&body.after)?;
+        let look = |state: &State| {
+            let node = if body.node.is_empty() { None } else { Some(name::node(state, &body.node)?.id) };
+            let fits = |vm: &&Vm| {
+                !vm.ghost
+                    && node.is_none_or(|node| vm.placement.is_some_and(|placement| placement.node == node))
+                    && (body.status.is_empty() || vm.status().to_string() == body.status)
+            };
+            let all_tenants = caller.role == Role::Operator && body.tenant.is_empty();
+            let rows: Box<dyn Iterator<Item = &Vm>> = if all_tenants {
+                Box::new(state.vms().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, vm)| vm))
+            } else {
+                Box::new(state.vms_of_tenant_after(name::tenant(state, &caller, &body.tenant)?.id, after))
+            };
+            let (vms, next) = page::cut(rows.filter(fits), limit, |vm| vm.id.to_string());
+            Ok(self.core.hear(|ears| (vms.into_iter().map(|vm| view::vm(state, ears, vm)).collect::<Vec<_>>(), next)))
+        };
+        let (listed, read_at) = self.core.read(body.stale.into(), look).await?;
+        listed.map(|(vms, next)| proto::ListVmsReply { vms, next, read_at: Some(read_at) })
+    }
+
+    pub(super) async fn vm_console(&self, request: Request<proto::ConsoleLogRequest>) -> Result<proto::ConsoleLogReply, ApiError> {
+        let caller = access::caller(&self.core, &request).await?;
+        let body = request.into_inner();
+        let look = |state: &State| {
+            let vm = name::vm(state, &caller, &body.tenant, &body.vm)?;
+            let node = vm.placement.and_then(|placement| state.nodes().get(&placement.node));
+            let node = node.ok_or_else(|| ApiError::new("stale", format!("{} has no node yet, so it has no console", vm.name)))?;
+            Ok::<_, ApiError>((vm.id, node.address.clone()))
+        };
+        let (found, _) = self.core.read(false.into(), look).await?;
+        let (vm, address) = found?;
+        let max_bytes = if body.max_bytes == 0 { MOST_LOG_BYTES } else { body.max_bytes.min(MOST_LOG_BYTES) };
+        replicas::console_log(&self.core, &address, vm, max_bytes).await
+    }
+}
+
+fn create(state: &State, caller: &Caller, body: &proto::CreateVmRequest) -> Result<Command, ApiError> {
+    let tenant = name::tenant(state, caller, &body.tenant)?;
+    Ok(Command::Tenant(TenantCommand::CreateVm {
+        tenant: tenant.id,
+        name: body.name.clone(),
+        image: name::image(state, caller, &body.tenant, &body.image)?.id,
+        template: body.template.clone(),
+        network: name::network(state, caller, &body.tenant, &body.network)?.id,
+        ssh_keys: body.ssh_keys.clone(),
+        user_data: body.user_data.clone(),
+    }))
+}
+
+fn power(state: &State, caller: &Caller, body: &proto::SetVmPowerRequest) -> Result<Command, ApiError> {
+    let wanted = match body.wanted.as_str() {
+        "running" => Wanted::Running,
+        "suspended" => Wanted::Suspended,
+        "stopped" => Wanted::Stopped,
+        other => return Err(ApiError::invalid(format!("wanted is '{other}', but must be running, suspended or stopped"))),
+    };
+    let vm = name::vm(state, caller, &body.tenant, &body.vm)?.id;
+    Ok(Command::Tenant(TenantCommand::SetVmPower { vm, wanted, stop_grace_millis: body.grace_millis }))
+}
+
+fn reboot(state: &State, caller: &Caller, body: &proto::VmRef) -> Result<Command, ApiError> {
+    Ok(Command::Tenant(TenantCommand::RebootVm { vm: name::vm(state, caller, &body.tenant, &body.vm)?.id }))
+}
+
+pub(super) fn delete(state: &State, caller: &Caller, body: &proto::DeleteVmRequest) -> Result<Command, ApiError> {
+    Ok(Command::Tenant(TenantCommand::DeleteVm { vm: name::vm(state, caller, &body.tenant, &body.vm)?.id, force: body.force }))
+}

@@ -1,0 +1,205 @@
+//! A session with one agent: assignments go down, reports come up, and every report is in the log before it is
+//! acknowledged.
+//!
+//! ```text
+//!   agent ── Hello ──► leader: Attach enters the log ──► Welcome{incarnation}, Assignment
+//!         ── VmReports{n} ──► the log ──► Reported{n}
+//!         ◄── Assignment whenever the node's generation rises
+//! ```
+//! It ends when this controller no longer leads, when a newer session of the same node begins, or when either side
+//! breaks it; the agent then finds the leader again.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use api::{
+    error::ApiError,
+    proto::{Frame, node_session_server::NodeSession},
+    session::{FromAgent, ToAgent, decode, encode},
+};
+use model::{Actor, Command, NodeCommand, NodeId, Rejection, Reply};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{access, core::Core};
+
+pub(crate) struct Sessions {
+    pub core: Arc<Core>,
+}
+
+/// The metadata key under which a refusal names the leader's address.
+const LEADER_KEY: &str = "trefoil-leader";
+/// A peer that opened a stream says hello within this.
+const HELLO: Duration = Duration::from_secs(10);
+/// Frames between the session and the wire: an assignment, some acknowledgements.
+const FRAMES_AHEAD: usize = 16;
+
+type Down = mpsc::Sender<Result<Frame, Status>>;
+
+#[tonic::async_trait]
+impl NodeSession for Sessions {
+    type AttachStream = Pin<Box<dyn Stream<Item = Result<Frame, Status>> + Send>>;
+
+    async fn attach(&self, request: Request<Streaming<Frame>>) -> Result<Response<Self::AttachStream>, Status> {
+        self.must_lead()?;
+        let node = match access::node_of(&self.core, &request) {
+            Ok(node) => node,
+            // A node that has just joined may be newer than what this replica has applied.
+            Err(_) => {
+                self.core.linearize().await?;
+                access::node_of(&self.core, &request)?
+            }
+        };
+        let mut up = request.into_inner();
+        let hello = timeout(HELLO, next(&mut up)).await.map_err(|_| ApiError::invalid("no hello came in time"))??;
+        let Some(FromAgent::Hello { version, address, underlay, hypervisor, capacity }) = hello else {
+            return Err(ApiError::invalid("the first frame is not a hello, but must be").into());
+        };
+        let attach = NodeCommand::Attach { node, address, underlay, hypervisor, capacity };
+        let committed = self.core.propose(Actor::Node(node), None, Command::Node(attach)).await?;
+        let Reply::Incarnation(incarnation) = committed.applied.map_err(ApiError::from)? else {
+            return Err(ApiError::internal("an attach replied with another noun").into());
+        };
+        self.core.applied(committed.index).await?;
+        tracing::info!(%node, incarnation, version, "session opened");
+        let (down, frames) = mpsc::channel(FRAMES_AHEAD);
+        let session = Session { core: self.core.clone(), node, incarnation };
+        tokio::spawn(async move {
+            let why = session.run(up, down).await;
+            tracing::warn!(%node, incarnation, why, "alert: the session with a node ended");
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(frames))))
+    }
+}
+
+impl Sessions {
+    fn must_lead(&self) -> Result<(), Status> {
+        let leadership = self.core.replica.leadership();
+        if leadership.leading {
+            return Ok(());
+        }
+        let leader = leadership.leader.and_then(|id| self.core.replica.members().get(&id).cloned());
+        let mut status: Status = ApiError::new("unavailable", "this controller does not lead").into();
+        if let Some(address) = leader.and_then(|address| address.parse().ok()) {
+            status.metadata_mut().insert(LEADER_KEY, address);
+        }
+        Err(status)
+    }
+}
+
+struct Session {
+    core: Arc<Core>,
+    node: NodeId,
+    incarnation: u64,
+}
+
+impl Session {
+    /// Runs until either direction ends; says why.
+    async fn run(self, up: Streaming<Frame>, down: Down) -> String {
+        tokio::select! {
+            why = self.listen(up, down.clone()) => why,
+            why = self.speak(down.clone()) => why,
+            () = down.closed() => "the agent hung up".into(),
+        }
+    }
+
+    async fn listen(&self, mut up: Streaming<Frame>, down: Down) -> String {
+        loop {
+            let message = match next(&mut up).await {
+                Ok(Some(message)) => message,
+                Ok(None) => return "the agent closed it".into(),
+                Err(status) => return status.message().to_owned(),
+            };
+            match self.hear(message).await {
+                Ok(None) => {}
+                Ok(Some(number)) => {
+                    if !tell(&down, &ToAgent::Reported { number }).await {
+                        return "the agent hung up".into();
+                    }
+                }
+                Err(error) => {
+                    let why = error.to_string();
+                    // The agent is told, so that it does not wait; whether it hears it does not matter.
+                    let _ = down.send(Err(error.into())).await;
+                    return why;
+                }
+            }
+        }
+    }
+
+    /// One frame from the agent; the number to acknowledge.
+    async fn hear(&self, message: FromAgent) -> Result<Option<u64>, ApiError> {
+        let (node, incarnation) = (self.node, self.incarnation);
+        let (command, number) = match message {
+            FromAgent::Hello { .. } => return Err(ApiError::invalid("a hello came twice")),
+            FromAgent::VmReports { number, reports } => (NodeCommand::ReportVms { node, incarnation, reports }, Some(number)),
+            FromAgent::ImageReports { number, reports } => (NodeCommand::ReportImages { node, incarnation, reports }, Some(number)),
+            FromAgent::Summary(summary) => (NodeCommand::Summarise { node, incarnation, summary }, None),
+        };
+        let committed = self.core.propose(Actor::Node(node), None, Command::Node(command)).await?;
+        match committed.applied {
+            Ok(_) => Ok(number),
+            Err(Rejection::Stale(why)) => Err(ApiError::new("stale", why)),
+            Err(rejection) => Err(rejection.into()),
+        }
+    }
+
+    async fn speak(&self, down: Down) -> String {
+        let mut applied = self.core.replica.watch_applied();
+        let mut leadership = self.core.replica.watch_leadership();
+        let mut targets = self.beat_targets();
+        let welcome = ToAgent::Welcome { incarnation: self.incarnation, beat_targets: targets.clone() };
+        if !tell(&down, &welcome).await {
+            return "the agent hung up".into();
+        }
+        let mut sent = None;
+        loop {
+            applied.borrow_and_update();
+            let current = self.core.replica.read(|state| {
+                let node = state.nodes().get(&self.node)?;
+                let newer = sent.is_none_or(|sent| sent < node.generation);
+                Some((node.incarnation, newer.then(|| state.assignment(self.node)).flatten()))
+            });
+            match current {
+                None => return "the node was removed from the cloud".into(),
+                Some((incarnation, _)) if incarnation != self.incarnation => return "a newer session took over".into(),
+                Some((_, Some(assignment))) => {
+                    sent = Some(assignment.generation);
+                    if !tell(&down, &ToAgent::Assignment(Box::new(assignment))).await {
+                        return "the agent hung up".into();
+                    }
+                }
+                Some((_, None)) => {}
+            }
+            let now = self.beat_targets();
+            if now != targets {
+                targets = now;
+                if !tell(&down, &ToAgent::BeatTargets(targets.clone())).await {
+                    return "the agent hung up".into();
+                }
+            }
+            tokio::select! {
+                changed = applied.changed() => if changed.is_err() { return "the controller stops".into() },
+                changed = leadership.changed() => if changed.is_err() || !leadership.borrow().leading {
+                    return "this controller no longer leads".into();
+                },
+            }
+        }
+    }
+
+    fn beat_targets(&self) -> Vec<String> {
+        self.core.replica.members().into_values().collect()
+    }
+}
+
+async fn tell(down: &Down, message: &ToAgent) -> bool {
+    down.send(Ok(Frame { body: encode(message).into() })).await.is_ok()
+}
+
+async fn next(up: &mut Streaming<Frame>) -> Result<Option<FromAgent>, Status> {
+    let Some(frame) = up.message().await? else { return Ok(None) };
+    match decode(&frame.body) {
+        Ok(message) => Ok(Some(message)),
+        Err(_) => Err(ApiError::invalid("a frame is not a session message of this version").into()),
+    }
+}

@@ -1,0 +1,16 @@
+//! Jepsen-style tests: real controller processes, real faults, clients that write down what they saw, checkers that
+//! decide from that alone. A black box: only the public API and the binary are used.
+//!
+//! Reading order: [`history`] (what is written down), [`checker`] (from a history to a finding), [`cluster`] (the
+//! processes), [`client`] (one attempt, one outcome), [`workload`] (what clients do), [`nemesis`] (what is done to the
+//! cluster), [`run`] (all of it together), [`verdict`] (what it means).
+
+pub mod chance;
+pub mod checker;
+pub mod client;
+pub mod cluster;
+pub mod history;
+pub mod nemesis;
+pub mod run;
+pub mod verdict;
+pub mod workload;

@@ -1,0 +1,50 @@
+//! `trefoil-jepsen`: one run against a new cluster, and its verdict as exit status: 0 pass, 1 violation, 3 unknown.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Parser;
+use jepsen::{nemesis::Family, run};
+
+/// Clients against real controllers under faults, and a verdict on what they saw.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// How long to go on, in seconds, without start and checks.
+    #[arg(long, default_value_t = 80)]
+    seconds: u64,
+    /// Decides which controllers are hit and what clients choose; by default another each time.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Families of faults.
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["kill", "pause", "partition"])]
+    nemesis: Vec<Family>,
+    /// Where history, logs and report go; by default a new folder under the temporary one.
+    #[arg(long)]
+    folder: Option<PathBuf>,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let seed =
+        arguments.seed.unwrap_or_else(|| u64::from(uuid::Uuid::now_v7().as_fields().0) ^ u64::from(std::process::id()));
+    // Short, because unix sockets lie in it.
+    let folder = arguments.folder.unwrap_or_else(|| std::env::temp_dir().join(format!("tfj-{}", std::process::id())));
+    let plan = run::Plan { seconds: arguments.seconds, seed, families: arguments.nemesis, folder };
+    eprintln!("seed {seed}, {} s, {}", plan.seconds, plan.folder.display());
+    let outcome = tokio::select! {
+        outcome = run::run(&plan) => outcome,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    match outcome {
+        Ok(report) => {
+            report.print(&plan.folder);
+            ExitCode::from(report.verdict.exit_status())
+        }
+        Err(error) => {
+            eprintln!("harness failure, no verdict: {error:#}");
+            eprintln!("logs: {}", plan.folder.display());
+            ExitCode::from(3)
+        }
+    }
+}

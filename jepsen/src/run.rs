@@ -1,0 +1,364 @@
+//! One run: clients work, the nemesis strikes and heals in turns, then everything must be there and agree.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+use crate::{
+    chance::Chance,
+    checker::{self, Finding},
+    client::{Answer, Client},
+    cluster::{Cluster, Options, switch::Switch},
+    history::{self, Function, Kind, Operation, Recorder},
+    nemesis::{self, Family, Fault, Outcome},
+    verdict::Verdict,
+    workload::{Shared, Worker, register, set},
+};
+
+/// Clients of each workload: with four keys in use, fewer than twelve at a key at any time.
+const REGISTER_CLIENTS: usize = 6;
+const SET_CLIENTS: usize = 2;
+/// A client gives up waiting after this: a failover takes less, so most operations of a fault still end well.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(2);
+/// Without faults, before the first, between two, and after the last.
+const CALM: Duration = Duration::from_secs(2);
+/// After a fault the controllers must agree again within this time.
+const SETTLE: Duration = Duration::from_secs(30);
+/// Operations that must have been acknowledged in calm for a run to count.
+const ENOUGH: usize = 200;
+
+pub struct Plan {
+    pub seconds: u64,
+    pub seed: u64,
+    pub families: Vec<Family>,
+    /// Where history, logs and report go.
+    pub folder: PathBuf,
+}
+
+/// What a run leaves beside its history.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub verdict: Verdict,
+    pub seed: u64,
+    pub seconds: f64,
+    pub findings: Vec<(String, String)>,
+    pub gaps: Vec<String>,
+    /// Families that this machine cannot do, with the reason.
+    pub skipped: Vec<String>,
+    pub faults: Vec<Outcome>,
+    pub operations: usize,
+    pub acknowledged: usize,
+    pub refused: usize,
+    pub unknown: usize,
+    pub latency: Vec<Latency>,
+}
+
+/// Latencies of acknowledged operations in one phase, milliseconds.
+#[derive(Debug, Serialize)]
+pub struct Latency {
+    pub phase: String,
+    pub count: u64,
+    pub p50: f64,
+    pub p99: f64,
+    pub p999: f64,
+    pub max: f64,
+    /// The longest time in the phase without an acknowledged write anywhere.
+    pub longest_write_gap: f64,
+}
+
+/// # Errors
+/// When the harness fails; that is no verdict.
+pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
+    std::fs::create_dir_all(&plan.folder)?;
+    let (faults, skipped) = faults(plan);
+    let isolated = faults.iter().any(|fault| Family::Partition.faults().contains(fault));
+    let options = Options { controllers: 3, agents: 0, isolated };
+    let mut cluster = Cluster::start(&plan.folder.join("cluster"), options).await?;
+    let tenant = "jepsen";
+    cluster.create_tenant(tenant).await?;
+
+    let recorder = Recorder::new(Some(&plan.folder.join("history.jsonl")))?;
+    let shared = Shared::new(recorder);
+    let began = Instant::now();
+    let mut chance = Chance::new(plan.seed);
+    let workers = start_clients(&cluster, tenant, &shared, &mut chance)?;
+    let outcomes = strike(&mut cluster, plan, &faults, &shared, began, &mut chance).await?;
+    shared.end();
+    for worker in workers {
+        worker.await.context("a client panicked")?;
+    }
+    let finals = final_lists(&cluster, tenant).await?;
+    let agree = cluster.hashes_agree(SETTLE).await;
+    let seconds = began.elapsed().as_secs_f64();
+    cluster.stop().await?;
+
+    let operations = history::operations(&shared.recorder.finish()?).map_err(anyhow::Error::msg)?;
+    let report = judge(plan, seconds, &operations, outcomes, skipped, &finals, agree);
+    std::fs::write(plan.folder.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
+    Ok(report)
+}
+
+/// The faults to go through in turn, and the families that this machine cannot do.
+fn faults(plan: &Plan) -> (Vec<Fault>, Vec<String>) {
+    let obstacle = if plan.families.contains(&Family::Partition) { Switch::obstacle() } else { None };
+    let possible = |family: &&Family| **family != Family::Partition || obstacle.is_none();
+    let families: Vec<Family> = plan.families.iter().filter(possible).copied().collect();
+    // One of each family in turn, so that a short run has some of all.
+    let longest = families.iter().map(|family| family.faults().len()).max().unwrap_or(0);
+    let faults = (0..longest).flat_map(|n| families.iter().filter_map(move |family| family.faults().get(n).copied()));
+    (faults.collect(), obstacle.map(|why| format!("partition: {why}")).into_iter().collect())
+}
+
+fn start_clients(
+    cluster: &Cluster,
+    tenant: &str,
+    shared: &Arc<Shared>,
+    chance: &mut Chance,
+) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
+    let numbers = Arc::new(register::Numbers::default());
+    let mut workers = Vec::new();
+    for number in 0..REGISTER_CLIENTS + SET_CLIENTS {
+        let worker = Worker::new(shared, clients(cluster, tenant)?, chance.split());
+        workers.push(if number < REGISTER_CLIENTS {
+            tokio::spawn(register::work(worker, numbers.clone()))
+        } else {
+            tokio::spawn(set::work(worker))
+        });
+    }
+    Ok(workers)
+}
+
+fn clients(cluster: &Cluster, tenant: &str) -> anyhow::Result<Vec<Client>> {
+    (0..cluster.size())
+        .map(|member| {
+            let (name, endpoint) = (cluster.name(member), cluster.endpoint(member));
+            Client::new(name, &endpoint, cluster.access(), tenant, CLIENT_PATIENCE)
+        })
+        .collect()
+}
+
+/// Faults in turn until the time is over, each at least once if the time allows it.
+async fn strike(
+    cluster: &mut Cluster,
+    plan: &Plan,
+    faults: &[Fault],
+    shared: &Shared,
+    began: Instant,
+    chance: &mut Chance,
+) -> anyhow::Result<Vec<Outcome>> {
+    let mut outcomes = Vec::new();
+    tokio::time::sleep(CALM).await;
+    for fault in faults.iter().cycle() {
+        if began.elapsed() + nemesis::HOLD + CALM > Duration::from_secs(plan.seconds) {
+            break;
+        }
+        let start = shared.recorder.now();
+        let in_force = nemesis::inject(cluster, *fault, chance).await?;
+        tokio::time::sleep(nemesis::HOLD).await;
+        let mut outcome = in_force.heal(cluster, start, shared.recorder.now()).await?;
+        cluster.settled(SETTLE).await.with_context(|| format!("after '{fault}'"))?;
+        outcome.settled = shared.recorder.now();
+        eprintln!(
+            "{:>5.1} s  {:<16} {:<24} {}{}",
+            began.elapsed().as_secs_f64(),
+            fault,
+            outcome.hit.join(" "),
+            outcome.evidence,
+            if outcome.doubt.is_empty() { String::new() } else { format!(" (does not count: {})", outcome.doubt) }
+        );
+        outcomes.push(outcome);
+        tokio::time::sleep(CALM).await;
+    }
+    Ok(outcomes)
+}
+
+/// What each controller lists after everything was healed.
+async fn final_lists(cluster: &Cluster, tenant: &str) -> anyhow::Result<Vec<(String, BTreeSet<String>)>> {
+    let mut lists = Vec::new();
+    for mut client in clients(cluster, tenant)? {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            match client.list_keys(set::PREFIX).await {
+                Answer::Ok(keys) => {
+                    lists.push((client.name.clone(), keys.into_iter().collect()));
+                    break;
+                }
+                Answer::Fail(why) | Answer::Info(why) if Instant::now() > deadline => {
+                    anyhow::bail!("{} cannot list after everything was healed: {why}", client.name);
+                }
+                _ => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
+    }
+    Ok(lists)
+}
+
+fn judge(
+    plan: &Plan,
+    seconds: f64,
+    operations: &[Operation],
+    faults: Vec<Outcome>,
+    skipped: Vec<String>,
+    finals: &[(String, BTreeSet<String>)],
+    agree: Result<(), String>,
+) -> Report {
+    let named = [
+        ("register: linearizable", checker::register::check(operations)),
+        ("register: indexes move forwards", checker::revision::check(operations)),
+        ("set: nothing lost, nothing invented", checker::set::check(operations, finals)),
+        ("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)),
+    ];
+    let gaps = gaps(plan, operations, &faults);
+    let findings: Vec<Finding> = named.iter().map(|(_, finding)| finding.clone()).collect();
+    let with = |kind: Kind| operations.iter().filter(|o| o.outcome == kind).count();
+    let latency = vec![
+        latency("calm", operations, &calm_windows(&faults)),
+        latency("fault", operations, &faults.iter().map(|f| (f.began, f.healed)).collect::<Vec<_>>()),
+        latency("healing", operations, &faults.iter().map(|f| (f.healed, f.settled)).collect::<Vec<_>>()),
+    ];
+    Report {
+        verdict: Verdict::of(&findings, &gaps),
+        seed: plan.seed,
+        seconds,
+        findings: named.iter().map(|(name, finding)| ((*name).to_owned(), describe(finding))).collect(),
+        gaps,
+        skipped,
+        operations: operations.len(),
+        acknowledged: with(Kind::Ok),
+        refused: with(Kind::Fail),
+        unknown: with(Kind::Info),
+        faults,
+        latency,
+    }
+}
+
+fn describe(finding: &Finding) -> String {
+    match finding {
+        Finding::Holds => "holds".into(),
+        Finding::Broken(how) => format!("BROKEN: {how}"),
+        Finding::Undecided(why) => format!("undecided: {why}"),
+    }
+}
+
+/// Before the first fault, between two, and after the last.
+fn calm_windows(faults: &[Outcome]) -> Vec<(u64, u64)> {
+    let starts = std::iter::once(0).chain(faults.iter().map(|fault| fault.settled));
+    let ends = faults.iter().map(|fault| fault.began).chain(std::iter::once(u64::MAX));
+    starts.zip(ends).collect()
+}
+
+/// What the run should have done and did not.
+fn gaps(plan: &Plan, operations: &[Operation], faults: &[Outcome]) -> Vec<String> {
+    let mut gaps = Vec::new();
+    let acknowledged: Vec<&Operation> = operations.iter().filter(|o| o.outcome == Kind::Ok).collect();
+    let write = |o: &&&Operation| o.f != Function::Read && o.f != Function::List;
+    let within =
+        |from: u64, to: u64| acknowledged.iter().filter(write).filter(|o| o.start >= from && o.end <= to).count();
+    if calm_windows(faults).iter().map(|(from, to)| within(*from, *to)).sum::<usize>() < ENOUGH {
+        gaps.push(format!("fewer than {ENOUGH} writes were acknowledged in calm"));
+    }
+    for fault in faults {
+        if fault.doubt.is_empty() && fault.fault.leaves_a_majority() && within(fault.began, fault.healed) == 0 {
+            gaps.push(format!("no write was acknowledged during '{}'", fault.fault));
+        }
+    }
+    if let Some(last) = faults.last()
+        && within(last.settled, u64::MAX) == 0
+    {
+        gaps.push("no write was acknowledged after the last fault".into());
+    }
+    for family in &plan.families {
+        let really = faults.iter().any(|f| family.faults().contains(&f.fault) && f.doubt.is_empty());
+        let possible = *family != Family::Partition || Switch::obstacle().is_none();
+        if possible && !really {
+            gaps.push(format!("no fault of the family {family:?} really happened"));
+        }
+    }
+    for f in [Function::Read, Function::Write, Function::Cas, Function::Add, Function::List] {
+        if !acknowledged.iter().any(|o| o.f == f) {
+            gaps.push(format!("no {f:?} was ever acknowledged"));
+        }
+    }
+    gaps
+}
+
+fn latency(phase: &str, operations: &[Operation], windows: &[(u64, u64)]) -> Latency {
+    // Up to a minute in microseconds, three digits: enough for anything that a client waits for.
+    let mut histogram: Histogram<u64> = Histogram::new_with_bounds(1, 60_000_000, 3).expect("the bounds are constant");
+    let ended =
+        |o: &&Operation| o.outcome == Kind::Ok && windows.iter().any(|(from, to)| o.end >= *from && o.end < *to);
+    for operation in operations.iter().filter(ended) {
+        histogram.saturating_record((operation.end - operation.start) / 1000);
+    }
+    let millis = |micros: u64| micros as f64 / 1000.0;
+    Latency {
+        phase: phase.to_owned(),
+        count: histogram.len(),
+        p50: millis(histogram.value_at_quantile(0.5)),
+        p99: millis(histogram.value_at_quantile(0.99)),
+        p999: millis(histogram.value_at_quantile(0.999)),
+        max: millis(histogram.max()),
+        longest_write_gap: windows.iter().map(|window| write_gap(operations, *window)).fold(0.0, f64::max),
+    }
+}
+
+/// The longest time, in milliseconds, in which no write that ended in the window was acknowledged.
+fn write_gap(operations: &[Operation], (from, to): (u64, u64)) -> f64 {
+    let written = |o: &&Operation| o.outcome == Kind::Ok && !matches!(o.f, Function::Read | Function::List);
+    let mut ends: Vec<u64> =
+        operations.iter().filter(written).map(|o| o.end).filter(|e| *e >= from && *e < to).collect();
+    ends.sort_unstable();
+    let last = if to == u64::MAX { ends.last().copied().unwrap_or(from) } else { to };
+    ends.push(last);
+    let mut previous = from;
+    let mut longest = 0;
+    for end in ends {
+        longest = longest.max(end.saturating_sub(previous));
+        previous = end;
+    }
+    longest as f64 / 1_000_000.0
+}
+
+impl Report {
+    /// For a terminal.
+    pub fn print(&self, folder: &Path) {
+        println!();
+        for (promise, finding) in &self.findings {
+            println!("{promise:<38} {finding}");
+        }
+        for gap in &self.gaps {
+            println!("{:<38} {gap}", "coverage");
+        }
+        for skipped in &self.skipped {
+            println!("{:<38} {skipped}", "skipped");
+        }
+        println!();
+        println!("{:<10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>14}", "ms", "ok", "p50", "p99", "p99.9", "max", "write gap");
+        for l in &self.latency {
+            println!(
+                "{:<10}{:>10}{:>10.1}{:>10.1}{:>10.1}{:>10.1}{:>14.1}",
+                l.phase, l.count, l.p50, l.p99, l.p999, l.max, l.longest_write_gap
+            );
+        }
+        println!();
+        println!(
+            "{} operations: {} acknowledged, {} refused, {} unknown; {} faults in {:.0} s; seed {}; {}",
+            self.operations,
+            self.acknowledged,
+            self.refused,
+            self.unknown,
+            self.faults.len(),
+            self.seconds,
+            self.seed,
+            folder.display()
+        );
+        println!("{}", self.verdict);
+    }
+}

@@ -1,0 +1,108 @@
+//! Images: the record of bytes that are already on nodes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Applied, Moment, check};
+use crate::{Digest, Image, ImageFormat, ImageId, NodeId, Rejection, ReplicaState, Reply, Resource, State, TenantId, setting};
+
+pub(super) struct File {
+    pub format: ImageFormat,
+    pub size_bytes: u64,
+    pub virtual_bytes: u64,
+    pub digest: Digest,
+}
+
+/// Larger than any disk a host has; keeps sums far from overflow.
+const MOST_BYTES: u64 = 1 << 50;
+
+impl State {
+    pub(super) fn import_image(&mut self, m: Moment, tenant: TenantId, name: &str, file: File, holders: &[NodeId]) -> Applied {
+        self.may_import(m, tenant, name, file.size_bytes)?;
+        check::between("virtual_bytes", file.virtual_bytes, 1, MOST_BYTES)?;
+        let replicas: BTreeMap<_, _> = holders.iter().map(|node| (*node, ReplicaState::Good)).collect();
+        if replicas.is_empty() {
+            return Err(check::invalid("replicas", "none", "at least one node that holds the bytes"));
+        }
+        if let Some(gone) = replicas.keys().find(|node| !self.nodes.contains(node)) {
+            return Err(check::missing("node", gone));
+        }
+        let id = self.cluster_mut(|cluster| {
+            cluster.last_image += 1;
+            ImageId(cluster.last_image)
+        });
+        let File { format, size_bytes, virtual_bytes, digest } = file;
+        let wanted_replicas = u32::try_from(self.setting(setting::IMAGE_REPLICAS)).unwrap_or(1);
+        let nodes: Vec<_> = replicas.keys().copied().collect();
+        let image = Image {
+            id,
+            tenant,
+            name: name.into(),
+            format,
+            size_bytes,
+            virtual_bytes,
+            digest,
+            wanted_replicas,
+            replicas,
+            created_at: m.now,
+        };
+        self.meter_image(m.now, &image);
+        self.put_image(image);
+        nodes.into_iter().for_each(|node| self.renumber_node(node));
+        Ok(Reply::Image(id))
+    }
+
+    /// What an upload is checked against before its first byte is sent, and again when it is recorded.
+    fn may_import(&self, m: Moment, tenant: TenantId, name: &str, size_bytes: u64) -> Result<(), Rejection> {
+        check::dotted("name", name)?;
+        check::between("size_bytes", size_bytes, 1, MOST_BYTES)?;
+        let owner = self.visible_tenant(m, tenant)?;
+        if self.image_named(tenant, name).is_some() {
+            return Err(check::exists("image", name));
+        }
+        let (limit, used) = (owner.quota.image_bytes, self.usage(tenant).image_bytes);
+        if used.saturating_add(size_bytes) > limit {
+            let (tenant, what) = (owner.name.clone(), "bytes of images".into());
+            return Err(Rejection::Quota { tenant, what, limit, used, asked: size_bytes });
+        }
+        Ok(())
+    }
+
+    pub(super) fn delete_image(&mut self, m: Moment, id: ImageId) -> Applied {
+        let image = self.images.get(&id).filter(|image| m.may_see(image.tenant));
+        let image = image.ok_or_else(|| check::missing("image", id))?;
+        let machines = self.vms_of_image(id);
+        if machines > 0 {
+            return Err(check::in_use("image", &image.name, format!("{machines} machines are made from it")));
+        }
+        let nodes: Vec<_> = image.replicas.keys().copied().collect();
+        self.stop_meter(m.now, Resource::Image(id));
+        self.remove_image(id);
+        nodes.into_iter().for_each(|node| self.renumber_node(node));
+        Ok(Reply::Done)
+    }
+
+    /// Who holds the image changed, so the hosts that still have to fetch it get the new sources.
+    pub(super) fn renumber_fetchers(&mut self, id: ImageId) {
+        let replicas = self.images.get(&id).into_iter().flat_map(|image| &image.replicas);
+        let keepers = replicas.filter(|(_, state)| **state == ReplicaState::Wanted).map(|(node, _)| *node);
+        let machines = self.index.vms_by_image.get(&id).into_iter().flatten().filter_map(|vm| self.vms.get(vm));
+        let makers = machines.filter(|vm| !vm.existed).filter_map(|vm| vm.placement).map(|placement| placement.node);
+        let nodes: BTreeSet<NodeId> = keepers.chain(makers).collect();
+        nodes.into_iter().for_each(|node| self.renumber_node(node));
+    }
+
+    pub(super) fn add_replica(&mut self, id: ImageId, node: NodeId) -> Applied {
+        let image = self.images.get(&id).ok_or_else(|| check::missing("image", id))?;
+        if !self.nodes.contains(&node) {
+            return Err(check::missing("node", node));
+        }
+        if image.replicas.contains_key(&node) {
+            return Err(Rejection::Stale(format!("{node} is to hold {} already", image.name)));
+        }
+        let mut image = image.clone();
+        image.replicas.insert(node, ReplicaState::Wanted);
+        self.put_image(image);
+        self.renumber_node(node);
+        Ok(Reply::Done)
+    }
+}

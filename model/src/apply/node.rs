@@ -1,0 +1,144 @@
+//! Hosts: joining, sessions, silence, cordons, leaving.
+
+use std::net::IpAddr;
+
+use super::{Applied, Moment, check};
+use crate::{
+    Actor, Capacity, Digest, HypervisorKind, JoinRole, Node, NodeId, NodeState, NodeSummary, Phase, Rejection, Reply, State, Wanted,
+};
+
+pub(super) struct Host<'a> {
+    pub address: &'a str,
+    pub underlay: IpAddr,
+    pub hypervisor: HypervisorKind,
+    pub capacity: &'a Capacity,
+}
+
+impl State {
+    pub(super) fn join_node(&mut self, m: Moment, token: &Digest, name: &str) -> Applied {
+        self.usable_token(m, token, JoinRole::Agent)?;
+        check::label("name", name)?;
+        if self.node_named(name).is_some() {
+            return Err(check::exists("node", name));
+        }
+        let id = self.cluster_mut(|cluster| {
+            cluster.last_node += 1;
+            NodeId(cluster.last_node)
+        });
+        self.use_token(token, id.to_string());
+        self.put_node(Node {
+            id,
+            name: name.into(),
+            address: String::new(),
+            underlay: IpAddr::from([0, 0, 0, 0]),
+            hypervisor: HypervisorKind::Qemu,
+            capacity: Capacity::default(),
+            state: NodeState::Joined,
+            cordoned: false,
+            generation: 0,
+            incarnation: 0,
+            certificate: Digest::default(),
+            joined_at: m.now,
+            changed_at: m.now,
+            summary: None,
+        });
+        Ok(Reply::Node(id))
+    }
+
+    pub(super) fn bind_certificate(&mut self, id: NodeId, certificate: Digest) -> Applied {
+        self.changed_node(id, |node| node.certificate = certificate)
+    }
+
+    pub(super) fn attach_node(&mut self, m: Moment, id: NodeId, host: Host) -> Applied {
+        if *m.actor != Actor::Node(id) {
+            return Err(m.forbidden());
+        }
+        check::line("address", host.address, 300)?;
+        if host.capacity.vcpus > 1 << 16 || host.capacity.memory_bytes > 1 << 50 || host.capacity.disk_bytes > 1 << 60 {
+            return Err(check::invalid("capacity", format!("{:?}", host.capacity), "what a host can have"));
+        }
+        let before = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
+        let known = before.state != NodeState::Joined;
+        let moved = known && (before.address != host.address || before.underlay != host.underlay);
+        let now = m.now;
+        let attach = |node: &mut Node| {
+            node.address = host.address.into();
+            node.underlay = host.underlay;
+            node.hypervisor = host.hypervisor;
+            node.capacity = *host.capacity;
+            node.state = NodeState::Up;
+            node.changed_at = now;
+            node.incarnation += 1;
+            node.generation += 1;
+            node.incarnation
+        };
+        let incarnation = self.nodes.update(&id, attach).ok_or_else(|| check::missing("node", id))?;
+        if moved {
+            // Other hosts name this one as the end of a tunnel or as a source of images.
+            let others: Vec<NodeId> = self.nodes.iter().map(|(other, _)| *other).filter(|other| *other != id).collect();
+            others.into_iter().for_each(|other| self.renumber_node(other));
+        }
+        Ok(Reply::Incarnation(incarnation))
+    }
+
+    pub(super) fn summarise_node(&mut self, m: Moment, id: NodeId, incarnation: u64, summary: &NodeSummary) -> Applied {
+        self.heard_from(m, id, incarnation)?;
+        self.changed_node(id, |node| node.summary = Some(summary.clone()))
+    }
+
+    pub(super) fn set_node_silent(&mut self, m: Moment, id: NodeId, incarnation: u64, silent: bool) -> Applied {
+        let node = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
+        if node.incarnation != incarnation || node.state == NodeState::Joined {
+            return Err(Rejection::Stale(format!("{id} is at incarnation {}, not {incarnation}", node.incarnation)));
+        }
+        let state = if silent { NodeState::Silent } else { NodeState::Up };
+        let now = m.now;
+        self.changed_node(id, |node| {
+            if node.state != state {
+                node.state = state;
+                node.changed_at = now;
+            }
+        })
+    }
+
+    pub(super) fn cordon_node(&mut self, id: NodeId, cordoned: bool) -> Applied {
+        self.changed_node(id, |node| node.cordoned = cordoned)
+    }
+
+    pub(super) fn forget_node(&mut self, m: Moment, id: NodeId, force: bool) -> Applied {
+        let node = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
+        let name = node.name.clone();
+        let machines: Vec<_> = self.vms_on_node(id).cloned().collect();
+        if !machines.is_empty() && !force {
+            return Err(check::in_use("node", &name, format!("{} machines are on it", machines.len())));
+        }
+        for mut vm in machines {
+            if vm.ghost || vm.wanted == Wanted::Deleted {
+                self.remove_vm(vm.id);
+                continue;
+            }
+            vm.placement = None;
+            vm.phase = Some(Phase::Failed);
+            // Its disk is gone with the host, so its owner may have it made anew elsewhere.
+            vm.existed = false;
+            vm.reason = format!("its host {name} was removed");
+            (vm.deadline, vm.retry_at, vm.changed_at) = (None, None, m.now);
+            self.meter_vm(m.now, &vm);
+            self.put_vm(vm);
+        }
+        let images: Vec<_> = self.index.images_by_node.get(&id).into_iter().flatten().copied().collect();
+        for image in images {
+            let Some(mut image) = self.images.get(&image).cloned() else { continue };
+            image.replicas.remove(&id);
+            let changed = image.id;
+            self.put_image(image);
+            self.renumber_fetchers(changed);
+        }
+        self.remove_node(id);
+        Ok(Reply::Done)
+    }
+
+    fn changed_node(&mut self, id: NodeId, change: impl FnOnce(&mut Node)) -> Applied {
+        self.nodes.update(&id, change).map(|()| Reply::Done).ok_or_else(|| check::missing("node", id))
+    }
+}

@@ -1,0 +1,201 @@
+//! What owners do with machines: create, power, reboot, delete.
+
+use std::net::Ipv4Addr;
+
+use super::{Applied, Moment, check};
+use crate::{
+    Capacity, ImageId, Mac, Network, NetworkId, Nic, Phase, Rejection, Reply, State, Status, TenantId, Timestamp, Vm, VmId, Wanted,
+    setting,
+};
+
+pub(super) struct Order<'a> {
+    pub name: &'a str,
+    pub image: ImageId,
+    pub template: &'a str,
+    pub network: NetworkId,
+    pub ssh_keys: &'a [String],
+    pub user_data: &'a str,
+}
+
+/// Longest time that ACPI shutdown may be given.
+const MOST_GRACE_MILLIS: u64 = 60 * 60 * 1000;
+
+impl State {
+    pub(super) fn create_vm(&mut self, m: Moment, tenant: TenantId, order: Order) -> Applied {
+        check::label("name", order.name)?;
+        check::ssh_keys(order.ssh_keys)?;
+        check::user_data(order.user_data)?;
+        let owner = self.visible_tenant(m, tenant)?;
+        if self.vm_named(tenant, order.name).is_some() {
+            return Err(check::exists("vm", order.name));
+        }
+        let image = self.images.get(&order.image).filter(|image| image.tenant == tenant || m.may_see(image.tenant));
+        let image = image.ok_or_else(|| check::missing("image", order.image))?;
+        let template = self.templates.get(&order.template.to_owned());
+        let template = template.ok_or_else(|| check::missing("template", order.template))?;
+        let network = self.networks.get(&order.network).filter(|network| network.tenant == tenant);
+        let network = network.ok_or_else(|| check::missing("network", order.network))?;
+        let size = Capacity { disk_bytes: template.size.disk_bytes.max(image.virtual_bytes), ..template.size };
+        self.within_quota(owner.id, &owner.name, owner.quota, size)?;
+        let ip = self.free_address(network)?;
+        let (weight_milli, image, network) = (template.weight_milli, image.id, network.id);
+        let (id, mac) = self.cluster_mut(|cluster| {
+            cluster.last_vm += 1;
+            cluster.last_mac += 1;
+            (VmId(cluster.last_vm), minted_mac(cluster.last_mac))
+        });
+        self.put_vm(Vm {
+            id,
+            tenant,
+            name: order.name.into(),
+            template: order.template.into(),
+            image,
+            size,
+            weight_milli,
+            nics: vec![Nic { network, mac, ip }],
+            ssh_keys: order.ssh_keys.to_vec(),
+            user_data: order.user_data.into(),
+            wanted: Wanted::Running,
+            stop_grace_millis: 0,
+            reboots: 0,
+            placement: None,
+            phase: None,
+            existed: false,
+            rebooted: 0,
+            reason: "waiting for a node".into(),
+            attempts: 0,
+            tries: 0,
+            retry_at: None,
+            deadline: None,
+            ghost: false,
+            created_at: m.now,
+            changed_at: m.now,
+        });
+        Ok(Reply::Vm(id))
+    }
+
+    pub(super) fn set_vm_power(&mut self, m: Moment, id: VmId, wanted: Wanted, grace: u64) -> Applied {
+        check::between("grace_millis", grace, 0, MOST_GRACE_MILLIS)?;
+        if wanted == Wanted::Deleted {
+            return Err(check::invalid("wanted", "deleted", "running, suspended or stopped"));
+        }
+        let mut vm = self.owned_vm(m, id)?.clone();
+        if wanted == Wanted::Suspended && vm.phase == Some(Phase::Stopped) {
+            return Err(Rejection::Stale(format!("{} is stopped; only a running machine can be suspended", vm.name)));
+        }
+        vm.wanted = wanted;
+        vm.stop_grace_millis = grace;
+        self.asked_anew(m.now, vm);
+        Ok(Reply::Vm(id))
+    }
+
+    pub(super) fn reboot_vm(&mut self, m: Moment, id: VmId) -> Applied {
+        let mut vm = self.owned_vm(m, id)?.clone();
+        if vm.status() != Status::Running {
+            return Err(Rejection::Stale(format!("{} is {}; only a running machine can be rebooted", vm.name, vm.status())));
+        }
+        vm.reboots += 1;
+        self.asked_anew(m.now, vm);
+        Ok(Reply::Vm(id))
+    }
+
+    pub(super) fn delete_vm(&mut self, m: Moment, id: VmId, force: bool) -> Applied {
+        let mut vm = self.visible_vm(m, id)?.clone();
+        self.stop_meter(m.now, crate::Resource::Vm(id));
+        if vm.placement.is_none() {
+            self.remove_vm(id);
+            return Ok(Reply::Done);
+        }
+        if vm.wanted != Wanted::Deleted {
+            vm.deadline = Some(m.now.plus_millis(self.setting(setting::DELETE_DEADLINE)));
+            vm.changed_at = m.now;
+        }
+        vm.wanted = Wanted::Deleted;
+        vm.retry_at = None;
+        if force {
+            vm.ghost = true;
+            vm.deadline = None;
+        }
+        self.put_vm(vm);
+        Ok(Reply::Done)
+    }
+
+    /// The owner asked for something: failures until now are forgotten and the transition gets its deadline.
+    fn asked_anew(&mut self, now: Timestamp, mut vm: Vm) {
+        vm.attempts = 0;
+        vm.reason.clear();
+        vm.retry_at = None;
+        vm.changed_at = now;
+        self.restart_transition(now, vm);
+    }
+
+    /// Puts the machine with a deadline for what is still to happen, if anything is.
+    pub(super) fn restart_transition(&mut self, now: Timestamp, mut vm: Vm) {
+        if vm.phase == Some(Phase::Failed) {
+            vm.phase = vm.existed.then_some(Phase::Stopped);
+            vm.tries += 1;
+        }
+        vm.deadline = match vm.status() {
+            Status::Creating => Some(self.setting(setting::CREATE_DEADLINE)),
+            _ if vm.in_transition() && vm.placement.is_some() => Some(self.setting(setting::CHANGE_DEADLINE) + vm.stop_grace_millis),
+            _ => None,
+        }
+        .map(|millis| now.plus_millis(millis));
+        self.meter_vm(now, &vm);
+        self.put_vm(vm);
+    }
+
+    pub(super) fn visible_vm(&self, m: Moment, id: VmId) -> Result<&Vm, Rejection> {
+        self.vms.get(&id).filter(|vm| m.may_see(vm.tenant) && !vm.ghost).ok_or_else(|| check::missing("vm", id))
+    }
+
+    /// One that can still be asked for something.
+    fn owned_vm(&self, m: Moment, id: VmId) -> Result<&Vm, Rejection> {
+        let vm = self.visible_vm(m, id)?;
+        if vm.wanted == Wanted::Deleted {
+            return Err(Rejection::Stale(format!("{} is being deleted", vm.name)));
+        }
+        Ok(vm)
+    }
+
+    fn within_quota(&self, tenant: TenantId, name: &str, quota: crate::Quota, asked: Capacity) -> Result<(), Rejection> {
+        let used = self.usage(tenant);
+        let rows = [
+            ("machines", quota.vms, used.vms, 1),
+            ("vCPUs", quota.size.vcpus, used.size.vcpus, asked.vcpus),
+            ("bytes of memory", quota.size.memory_bytes, used.size.memory_bytes, asked.memory_bytes),
+            ("bytes of disk", quota.size.disk_bytes, used.size.disk_bytes, asked.disk_bytes),
+        ];
+        for (what, limit, used, asked) in rows {
+            if used.saturating_add(asked) > limit {
+                return Err(Rejection::Quota { tenant: name.into(), what: what.into(), limit, used, asked });
+            }
+        }
+        Ok(())
+    }
+
+    /// The lowest address that nobody holds; the first is the network's, the second the node's, the last is broadcast.
+    fn free_address(&self, network: &Network) -> Result<Ipv4Addr, Rejection> {
+        let first = u32::from(network.range.first) + 2;
+        let last = u32::from(network.range.broadcast());
+        let Some(used) = self.index.addresses.get(&network.id) else { return Ok(first.into()) };
+        // Used addresses are in order, so the first gap is where the count and the address part ways.
+        let mut candidate = first;
+        for address in used.keys() {
+            if *address != candidate {
+                break;
+            }
+            candidate += 1;
+        }
+        if candidate >= last {
+            return Err(Rejection::NoAddress { network: network.name.clone() });
+        }
+        Ok(candidate.into())
+    }
+}
+
+/// `02` marks it locally administered and unicast; the rest counts, so it is never given twice.
+fn minted_mac(number: u32) -> Mac {
+    let [a, b, c, d] = number.to_be_bytes();
+    Mac([0x02, 0x54, a, b, c, d])
+}

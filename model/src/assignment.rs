@@ -1,0 +1,214 @@
+//! What one host should be: the whole of it, numbered. Never a delta, never an order.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, ReplicaState, State, Vm, VmId, Wanted};
+
+/// Everything that a host should have. The agent refuses one whose generation is lower than one it has seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The cloud's id; a domain on the host belongs to Trefoil when it carries it.
+    pub cluster: String,
+    pub node: NodeId,
+    pub incarnation: u64,
+    pub generation: u64,
+    pub vms: Vec<VmWish>,
+    pub networks: Vec<NetworkWish>,
+    /// The images that the host keeps as a replica; bases of machines are in `vms`.
+    pub images: Vec<ImageWish>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Power {
+    Running,
+    Suspended,
+    Stopped,
+    /// Neither domain nor disk.
+    Absent,
+}
+
+/// One machine on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmWish {
+    pub vm: VmId,
+    /// Log index of the placement.
+    pub epoch: u64,
+    /// What failed is left alone until the epoch or this changes.
+    pub attempt: u32,
+    pub power: Power,
+    /// How long ACPI shutdown may take before the machine is switched off.
+    pub stop_grace_millis: u64,
+    /// How often its owner has asked for a reboot, in all.
+    pub reboots: u32,
+    pub tenant: String,
+    /// Host name of the guest.
+    pub name: String,
+    pub size: Capacity,
+    pub image: ImageWish,
+    pub nics: Vec<NicWish>,
+    pub ssh_keys: Vec<String>,
+    pub user_data: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicWish {
+    pub network: NetworkId,
+    pub vni: u32,
+    pub mac: Mac,
+    pub ip: Ipv4Addr,
+}
+
+/// Bytes that the host should hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageWish {
+    pub digest: Digest,
+    pub format: ImageFormat,
+    pub size_bytes: u64,
+    pub virtual_bytes: u64,
+    /// `host:port` of agents that hold a good replica, this host not among them.
+    pub sources: Vec<String>,
+}
+
+/// One tenant network of which a machine is on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkWish {
+    pub network: NetworkId,
+    pub vni: u32,
+    pub range: Cidr,
+    /// Underlay addresses of the other hosts with a machine in this network.
+    pub peers: Vec<IpAddr>,
+    /// DHCP leases of the machines on this host.
+    pub leases: Vec<Lease>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    pub mac: Mac,
+    pub ip: Ipv4Addr,
+    pub hostname: String,
+}
+
+/// A line for the host, then one for each thing that it should have.
+impl fmt::Display for Assignment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} incarnation {} generation {}", self.node, self.incarnation, self.generation)?;
+        self.vms.iter().try_for_each(|vm| write!(f, "\n  {vm}"))?;
+        self.networks.iter().try_for_each(|network| write!(f, "\n  {network}"))?;
+        self.images.iter().try_for_each(|image| write!(f, "\n  keep {image}"))
+    }
+}
+
+impl fmt::Display for VmWish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let power = match self.power {
+            Power::Running => "running",
+            Power::Suspended => "suspended",
+            Power::Stopped => "stopped",
+            Power::Absent => "absent",
+        };
+        write!(f, "{} {}/{} {power}, epoch {} attempt {}", self.vm, self.tenant, self.name, self.epoch, self.attempt)?;
+        write!(f, ", reboots {}, grace {} ms, from {}", self.reboots, self.stop_grace_millis, self.image)?;
+        self.nics.iter().try_for_each(|nic| write!(f, ", {} {} in {}", nic.mac, nic.ip, nic.network))
+    }
+}
+
+impl fmt::Display for NetworkWish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} vni {} {}", self.network, self.vni, self.range)?;
+        self.peers.iter().try_for_each(|peer| write!(f, ", peer {peer}"))?;
+        self.leases.iter().try_for_each(|lease| write!(f, ", {} {} for {}", lease.mac, lease.ip, lease.hostname))
+    }
+}
+
+impl fmt::Display for ImageWish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "image {:.8}", self.digest.to_string())?;
+        self.sources.iter().try_for_each(|source| write!(f, " source {source}"))
+    }
+}
+
+impl State {
+    /// What the host should be, or `None` when there is no such host.
+    pub fn assignment(&self, id: NodeId) -> Option<Assignment> {
+        let node = self.nodes().get(&id)?;
+        let vms: Vec<&Vm> = self.vms_on_node(id).collect();
+        Some(Assignment {
+            cluster: self.cluster().id.clone(),
+            node: id,
+            incarnation: node.incarnation,
+            generation: node.generation,
+            networks: self.network_wishes(node, &vms),
+            vms: vms.into_iter().filter_map(|vm| self.vm_wish(node, vm)).collect(),
+            images: self.replica_wishes(node),
+        })
+    }
+
+    fn vm_wish(&self, node: &Node, vm: &Vm) -> Option<VmWish> {
+        let image = self.images().get(&vm.image)?;
+        let nic_wish = |nic: &crate::Nic| {
+            let network = self.networks().get(&nic.network)?;
+            Some(NicWish { network: nic.network, vni: network.vni, mac: nic.mac, ip: nic.ip })
+        };
+        Some(VmWish {
+            vm: vm.id,
+            epoch: vm.placement?.epoch,
+            attempt: vm.tries,
+            power: match vm.wanted {
+                Wanted::Running => Power::Running,
+                Wanted::Suspended => Power::Suspended,
+                Wanted::Stopped => Power::Stopped,
+                Wanted::Deleted => Power::Absent,
+            },
+            stop_grace_millis: vm.stop_grace_millis,
+            reboots: vm.reboots,
+            tenant: self.tenants().get(&vm.tenant).map_or_else(|| vm.tenant.to_string(), |tenant| tenant.name.clone()),
+            name: vm.name.clone(),
+            size: vm.size,
+            image: self.image_wish(node, image),
+            nics: vm.nics.iter().filter_map(nic_wish).collect(),
+            ssh_keys: vm.ssh_keys.clone(),
+            user_data: vm.user_data.clone(),
+        })
+    }
+
+    fn image_wish(&self, node: &Node, image: &Image) -> ImageWish {
+        let holders = image.replicas.iter().filter(|(id, state)| **id != node.id && **state == ReplicaState::Good);
+        ImageWish {
+            digest: image.digest,
+            format: image.format,
+            size_bytes: image.size_bytes,
+            virtual_bytes: image.virtual_bytes,
+            sources: holders.filter_map(|(id, _)| self.nodes().get(id)).map(|holder| holder.address.clone()).collect(),
+        }
+    }
+
+    /// One wish a digest, although several images may have the same bytes.
+    fn replica_wishes(&self, node: &Node) -> Vec<ImageWish> {
+        let kept = self.index.images_by_node.get(&node.id).into_iter().flatten().filter_map(|id| self.images().get(id));
+        let by_digest: BTreeMap<Digest, ImageWish> = kept.map(|image| (image.digest, self.image_wish(node, image))).collect();
+        by_digest.into_values().collect()
+    }
+
+    fn network_wishes(&self, node: &Node, vms: &[&Vm]) -> Vec<NetworkWish> {
+        let mut leases: BTreeMap<NetworkId, Vec<Lease>> = BTreeMap::new();
+        for vm in vms.iter().filter(|vm| vm.wanted != Wanted::Deleted) {
+            for nic in &vm.nics {
+                let lease = Lease { mac: nic.mac, ip: nic.ip, hostname: vm.name.clone() };
+                leases.entry(nic.network).or_default().push(lease);
+            }
+        }
+        let wish = |(id, leases): (NetworkId, Vec<Lease>)| {
+            let network = self.networks().get(&id)?;
+            let hosts = self.index.network_nodes.get(&id).into_iter().flatten().map(|(host, _)| *host);
+            let peers = hosts.filter(|host| *host != node.id).filter_map(|host| self.nodes().get(&host));
+            Some(NetworkWish { network: id, vni: network.vni, range: network.range, peers: peers.map(|peer| peer.underlay).collect(), leases })
+        };
+        leases.into_iter().filter_map(wish).collect()
+    }
+}

@@ -1,0 +1,119 @@
+//! What always holds, one named function each. Used by property tests, simulation and `trefoil quorum check`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{Capacity, Mac, Phase, State, Wanted};
+
+/// A rule and what breaks it; `Err` is one sentence that names the row.
+pub type Invariant = (&'static str, fn(&State) -> Result<(), String>);
+
+pub const INVARIANTS: &[Invariant] = &[
+    ("indexes equal what the rows say", indexes_are_true),
+    ("an address is held once", addresses_are_unique),
+    ("a node is promised no more than it has", promises_are_covered),
+    ("a placed machine is on a node that exists", placements_exist),
+    ("a machine without a node is nothing but failed", unplaced_have_no_phase),
+    ("quotas are kept", quotas_are_kept),
+    ("a machine is charged exactly while its host says it is there", meters_follow_phases),
+    ("a machine in transition has a deadline or waits for a node", transitions_end),
+    ("the charged spans of a resource do not overlap", lines_do_not_overlap),
+];
+
+/// The first rule that does not hold.
+///
+/// # Errors
+/// The rule's name and what breaks it.
+pub fn check(state: &State) -> Result<(), String> {
+    INVARIANTS.iter().try_for_each(|(name, rule)| rule(state).map_err(|what| format!("{name}: {what}")))
+}
+
+fn indexes_are_true(state: &State) -> Result<(), String> {
+    if state.rebuilt_index() == *state.kept_index() { Ok(()) } else { Err("a kept index differs from a rebuilt one".into()) }
+}
+
+fn addresses_are_unique(state: &State) -> Result<(), String> {
+    let mut macs: BTreeSet<Mac> = BTreeSet::new();
+    let mut ips = BTreeSet::new();
+    for (vm, nic) in state.vms().values().flat_map(|vm| vm.nics.iter().map(move |nic| (vm.id, nic))) {
+        let network = state.networks().get(&nic.network).ok_or_else(|| format!("{vm} is in {} which does not exist", nic.network))?;
+        if !macs.insert(nic.mac) || !ips.insert((nic.network, nic.ip)) {
+            return Err(format!("{vm} has {} and {} which another has too", nic.mac, nic.ip));
+        }
+        if !network.range.contains(nic.ip) || nic.ip <= network.range.gateway() || nic.ip >= network.range.broadcast() {
+            return Err(format!("{vm} has {} outside of {}", nic.ip, network.range));
+        }
+    }
+    let vnis: BTreeSet<u32> = state.networks().values().map(|network| network.vni).collect();
+    if vnis.len() == state.networks().len() { Ok(()) } else { Err("two networks have one VNI".into()) }
+}
+
+fn promises_are_covered(state: &State) -> Result<(), String> {
+    let mut sums: BTreeMap<_, Capacity> = BTreeMap::new();
+    for vm in state.vms().values() {
+        if let Some(placement) = vm.placement {
+            let sum = sums.entry(placement.node).or_default();
+            *sum = sum.plus(vm.size);
+        }
+    }
+    for (node, sum) in sums {
+        if sum != state.reserved(node) {
+            return Err(format!("{node} has {sum:?} promised, the index says {:?}", state.reserved(node)));
+        }
+    }
+    Ok(())
+}
+
+fn placements_exist(state: &State) -> Result<(), String> {
+    let lost = state.vms().values().find(|vm| vm.placement.is_some_and(|p| !state.nodes().contains(&p.node)));
+    lost.map_or(Ok(()), |vm| Err(format!("{} is on a node that does not exist", vm.id)))
+}
+
+fn unplaced_have_no_phase(state: &State) -> Result<(), String> {
+    let told = |vm: &&crate::Vm| vm.placement.is_none() && !matches!(vm.phase, None | Some(Phase::Failed));
+    state.vms().values().find(told).map_or(Ok(()), |vm| Err(format!("{} has no node and is {:?}", vm.id, vm.phase)))
+}
+
+fn quotas_are_kept(state: &State) -> Result<(), String> {
+    for tenant in state.tenants().values() {
+        let mut held = Capacity::default();
+        let mut count = 0;
+        for vm in state.vms_of_tenant(tenant.id) {
+            held = held.plus(vm.size);
+            count += 1;
+        }
+        let usage = state.usage(tenant.id);
+        if (usage.vms, usage.size) != (count, held) {
+            return Err(format!("{} holds {count} machines, the index says {}", tenant.name, usage.vms));
+        }
+    }
+    Ok(())
+}
+
+fn meters_follow_phases(state: &State) -> Result<(), String> {
+    for vm in state.vms().values() {
+        let there = matches!(vm.phase, Some(Phase::Running | Phase::Suspended | Phase::Stopped));
+        let charged = there && !vm.ghost && vm.wanted != Wanted::Deleted;
+        if state.meters().contains(&crate::Resource::Vm(vm.id)) != charged {
+            return Err(format!("{} is {:?} and {}charged", vm.id, vm.phase, if charged { "not " } else { "" }));
+        }
+    }
+    Ok(())
+}
+
+fn transitions_end(state: &State) -> Result<(), String> {
+    let stuck = |vm: &&crate::Vm| vm.in_transition() && !vm.ghost && vm.placement.is_some() && vm.deadline.is_none();
+    state.vms().values().find(stuck).map_or(Ok(()), |vm| Err(format!("{} is {} without a deadline", vm.id, vm.status())))
+}
+
+fn lines_do_not_overlap(state: &State) -> Result<(), String> {
+    let mut ends = BTreeMap::new();
+    for line in state.lines().values() {
+        let end = ends.entry((line.tenant, line.resource)).or_default();
+        if line.from < *end || line.from >= line.to {
+            return Err(format!("{} is charged from {} although it was charged until {}", line.resource, line.from.0, end.0));
+        }
+        *end = line.to;
+    }
+    let open = state.meters().values().find(|meter| ends.get(&(meter.tenant, meter.resource)).is_some_and(|end| meter.since < *end));
+    open.map_or(Ok(()), |meter| Err(format!("{} has a meter that began before its last line ended", meter.resource)))
+}

@@ -1,0 +1,405 @@
+//! The things a cloud is made of, one row type per noun. Rows are plain data; `apply` alone changes them.
+
+use std::{collections::BTreeMap, fmt, net::{IpAddr, Ipv4Addr}};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Capacity, Cidr, ControllerId, Digest, ImageId, Mac, NetworkId, NodeId, TenantId, Timestamp, VmId};
+
+/// What the cloud as a whole is called, and the counters that ids are minted from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// Random, chosen at `controller init`; part of the names of domains and devices on the hosts.
+    pub id: String,
+    pub created_at: Timestamp,
+    /// The latest time that any entry carried; time as `apply` knows it.
+    pub now: Timestamp,
+    /// The last id given out of each kind; ids are never given twice.
+    pub last_tenant: u64,
+    pub last_vm: u64,
+    pub last_node: u64,
+    pub last_network: u64,
+    pub last_image: u64,
+    pub last_controller: u64,
+    pub last_mac: u32,
+    pub last_vni: u32,
+    pub last_line: u64,
+}
+
+/// A member of the quorum, or one that was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Controller {
+    pub id: ControllerId,
+    pub name: String,
+    /// `host:port`, TCP for gRPC and UDP for heartbeats.
+    pub address: String,
+    pub joined_at: Timestamp,
+    pub removed: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum JoinRole {
+    Controller,
+    Agent,
+}
+
+/// A one-time permission to join, kept as the digest of its secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinToken {
+    pub role: JoinRole,
+    pub expires_at: Timestamp,
+    /// What joined with it: `node-3`, `controller-2`.
+    pub used_by: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum HypervisorKind {
+    /// QEMU with hardware acceleration, found by starting a guest with it.
+    Kvm,
+    /// QEMU with software emulation.
+    Qemu,
+    /// No guests at all: delays and failures as a real one has, for tests and scale runs.
+    Simulated,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum NodeState {
+    /// Has a certificate, has not opened a session yet.
+    Joined,
+    Up,
+    /// Not heard for longer than `node-silence-millis`: takes no new machines, keeps what it has.
+    Silent,
+}
+
+/// A host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    pub id: NodeId,
+    pub name: String,
+    /// `host:port` of the agent's own gRPC server: images, consoles.
+    pub address: String,
+    /// The address that VXLAN tunnels end at.
+    pub underlay: IpAddr,
+    pub hypervisor: HypervisorKind,
+    pub capacity: Capacity,
+    pub state: NodeState,
+    /// Takes no new machines because an operator said so.
+    pub cordoned: bool,
+    /// Rises with every change of what the host should do; the agent refuses an older assignment.
+    pub generation: u64,
+    /// Rises with every start of the agent: reports and heartbeats of an earlier one are refused.
+    pub incarnation: u64,
+    /// Digest of the certificate that the agent shows.
+    pub certificate: Digest,
+    pub joined_at: Timestamp,
+    pub changed_at: Timestamp,
+    pub summary: Option<NodeSummary>,
+}
+
+/// What a host's status was over a period, recorded once a period.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeSummary {
+    pub from: Timestamp,
+    pub to: Timestamp,
+    pub samples: u32,
+    /// Mean of used CPU over the period, in thousandths of the host's CPUs.
+    pub cpu_permille_mean: u32,
+    pub cpu_permille_max: u32,
+    pub memory_used_bytes_max: u64,
+    pub disk_used_bytes_max: u64,
+}
+
+/// The sizes on offer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Template {
+    pub name: String,
+    pub size: Capacity,
+    /// Price weight in thousandths.
+    pub weight_milli: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tenant {
+    pub id: TenantId,
+    pub name: String,
+    pub quota: Quota,
+    pub created_at: Timestamp,
+}
+
+/// The most that a tenant may hold at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quota {
+    pub vms: u64,
+    pub size: Capacity,
+    pub networks: u64,
+    pub image_bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// May do everything, in every tenant.
+    Operator,
+    /// May do everything inside one tenant.
+    Member(TenantId),
+}
+
+/// A person or a program that holds a token; the token itself is kept only as its digest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    pub name: String,
+    pub role: Role,
+    pub token: Digest,
+    pub created_at: Timestamp,
+}
+
+/// A tenant's layer-2 network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    pub id: NetworkId,
+    pub tenant: TenantId,
+    pub name: String,
+    pub range: Cidr,
+    /// VXLAN network identifier, never given out twice.
+    pub vni: u32,
+    pub created_at: Timestamp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageFormat {
+    Qcow2,
+    Raw,
+}
+
+/// An image: its bytes are on the nodes, under their digest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    pub id: ImageId,
+    pub tenant: TenantId,
+    pub name: String,
+    pub format: ImageFormat,
+    /// Length of the file.
+    pub size_bytes: u64,
+    /// Length of the disk that a guest sees.
+    pub virtual_bytes: u64,
+    pub digest: Digest,
+    pub wanted_replicas: u32,
+    pub replicas: BTreeMap<NodeId, ReplicaState>,
+    pub created_at: Timestamp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplicaState {
+    /// The node was asked to fetch it.
+    Wanted,
+    /// The node has it, synced and verified.
+    Good,
+}
+
+/// What the owner wants a machine to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Wanted {
+    Running,
+    Suspended,
+    Stopped,
+    Deleted,
+}
+
+/// What a host said a machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Phase {
+    Running,
+    Suspended,
+    Stopped,
+    /// Neither a domain nor a disk of it is left on the host.
+    Absent,
+    /// The host could not do what was asked; the reason is beside it.
+    Failed,
+}
+
+/// Where a machine lives. The epoch is the log index of the placement: unique, ordered, and the fencing token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    pub node: NodeId,
+    pub epoch: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    pub network: NetworkId,
+    pub mac: Mac,
+    pub ip: Ipv4Addr,
+}
+
+/// A virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    pub id: VmId,
+    pub tenant: TenantId,
+    pub name: String,
+    pub template: String,
+    pub image: ImageId,
+    /// Copied from the template at creation: a later change of the template does not change the machine.
+    pub size: Capacity,
+    pub weight_milli: u64,
+    pub nics: Vec<Nic>,
+    pub ssh_keys: Vec<String>,
+    pub user_data: String,
+    pub wanted: Wanted,
+    /// How long ACPI shutdown may take before the machine is switched off; 0 switches it off at once.
+    pub stop_grace_millis: u64,
+    /// Rises with each requested reboot.
+    pub reboots: u32,
+    pub placement: Option<Placement>,
+    /// The last that the host of the current placement reported; `None` while it is being created there.
+    pub phase: Option<Phase>,
+    /// It has run under its current placement: its disk there holds data, so it may not simply be made anew elsewhere.
+    pub existed: bool,
+    /// The value of `reboots` that the host has carried out.
+    pub rebooted: u32,
+    /// Why it is pending, failed or stopped.
+    pub reason: String,
+    /// Failures since the last success or request of the owner.
+    pub attempts: u32,
+    /// Rises each time the host should try again what failed; never falls.
+    pub tries: u32,
+    /// When a failed or unplaced machine is tried again.
+    pub retry_at: Option<Timestamp>,
+    /// When the present transition is given up; `None` at rest.
+    pub deadline: Option<Timestamp>,
+    /// Gone for its owner, kept until its host has said that nothing is left.
+    pub ghost: bool,
+    pub created_at: Timestamp,
+    pub changed_at: Timestamp,
+}
+
+/// The reply that a retry of the same request gets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remembered {
+    pub body: [u8; 16],
+    pub at: Timestamp,
+    pub reply: crate::Reply,
+}
+
+/// What a person reads. Derived, never stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Status {
+    /// No host yet; the reason is beside it.
+    Pending,
+    Creating,
+    Running,
+    Suspending,
+    Suspended,
+    Resuming,
+    Stopping,
+    Stopped,
+    Starting,
+    Rebooting,
+    Deleting,
+    /// Given up for now or for good; the reason is beside it, and it can always be deleted.
+    Failed,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Pending => "pending",
+            Self::Creating => "creating",
+            Self::Running => "running",
+            Self::Suspending => "suspending",
+            Self::Suspended => "suspended",
+            Self::Resuming => "resuming",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Starting => "starting",
+            Self::Rebooting => "rebooting",
+            Self::Deleting => "deleting",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+impl Vm {
+    pub fn status(&self) -> Status {
+        match (self.wanted, self.phase) {
+            (Wanted::Deleted, _) => Status::Deleting,
+            (_, Some(Phase::Failed)) => Status::Failed,
+            (Wanted::Stopped, _) if self.placement.is_none() => Status::Stopped,
+            _ if self.placement.is_none() => Status::Pending,
+            (_, None | Some(Phase::Absent)) => Status::Creating,
+            (Wanted::Running, Some(Phase::Running)) if self.rebooted != self.reboots => Status::Rebooting,
+            (Wanted::Running, Some(Phase::Running)) => Status::Running,
+            (Wanted::Running, Some(Phase::Suspended)) => Status::Resuming,
+            (Wanted::Running, Some(Phase::Stopped)) => Status::Starting,
+            (Wanted::Suspended, Some(Phase::Suspended)) => Status::Suspended,
+            (Wanted::Suspended, Some(_)) => Status::Suspending,
+            (Wanted::Stopped, Some(Phase::Stopped)) => Status::Stopped,
+            (Wanted::Stopped, Some(_)) => Status::Stopping,
+        }
+    }
+
+    /// True when it has no host and should have one now.
+    pub(crate) fn wants_host(&self) -> bool {
+        self.placement.is_none()
+            && matches!(self.wanted, Wanted::Running | Wanted::Suspended)
+            && self.phase != Some(Phase::Failed)
+            && self.retry_at.is_none()
+    }
+
+    /// The times at which a planner should look at it again.
+    pub(crate) fn due_times(&self) -> impl Iterator<Item = Timestamp> {
+        self.deadline.into_iter().chain(self.retry_at)
+    }
+
+    /// True while something should still happen to it without anybody asking again.
+    pub fn in_transition(&self) -> bool {
+        !matches!(self.status(), Status::Running | Status::Suspended | Status::Stopped | Status::Failed)
+    }
+}
+
+/// A tenant's own small value, with a version to compare and set by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tag {
+    pub value: String,
+    /// The log index that wrote it.
+    pub version: u64,
+}
+
+/// What is paid for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Resource {
+    Vm(VmId),
+    Image(ImageId),
+}
+
+impl fmt::Display for Resource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vm(id) => id.fmt(f),
+            Self::Image(id) => id.fmt(f),
+        }
+    }
+}
+
+/// Use that is going on: a constant weight since a time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meter {
+    pub tenant: TenantId,
+    pub resource: Resource,
+    pub name: String,
+    /// What the weight is for: `running`, `suspended`, `stopped`, `stored`.
+    pub status: String,
+    pub weight_milli: u64,
+    pub since: Timestamp,
+}
+
+/// Use that ended: a constant weight over `from..to`. The amount follows from the price book and is not stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Line {
+    pub tenant: TenantId,
+    pub resource: Resource,
+    pub name: String,
+    pub status: String,
+    pub weight_milli: u64,
+    pub from: Timestamp,
+    pub to: Timestamp,
+}

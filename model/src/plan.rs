@@ -1,0 +1,141 @@
+//! What should happen next, as commands for the leader to propose. Planners may be wrong about the present; `apply` never is.
+//!
+//! Each is a small pure function; none remembers anything. Work is found through the state's indexes, and each
+//! planner proposes at most a batch, so that a burst neither floods the log nor delays the others.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    Capacity, Command, ImageId, Node, NodeId, NodeState, PlannerCommand, ReplicaState, State, Telemetry, Timestamp, Vm,
+    setting,
+};
+
+/// What one planner proposes at once: enough to keep the log busy, few enough to re-plan on fresh facts soon.
+const BATCH: usize = 256;
+
+/// Everything that should be proposed at `now` (the leader's wall clock).
+pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
+    let mut commands = silence(state, telemetry, now);
+    commands.extend(due(state, now));
+    commands.extend(place(state, telemetry));
+    commands.extend(replicate(state, telemetry));
+    commands.into_iter().map(Command::Planner).collect()
+}
+
+/// Nodes that fell silent, and those that are heard again.
+fn silence(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<PlannerCommand> {
+    let limit = state.setting(setting::NODE_SILENCE);
+    let judge = |node: &Node| {
+        let heard = telemetry.nodes.get(&node.id).filter(|heard| heard.incarnation == node.incarnation);
+        let last = heard.map_or(Timestamp::default(), |heard| heard.last_beat);
+        // A new leader and a new session get the whole time before they are judged.
+        let since = last.max(telemetry.leader_since).max(node.changed_at);
+        let silent = match node.state {
+            NodeState::Up => now.millis_since(since) > limit,
+            NodeState::Silent => now.millis_since(last) > limit,
+            NodeState::Joined => return None,
+        };
+        let differs = silent != (node.state == NodeState::Silent);
+        differs.then_some(PlannerCommand::SetNodeSilent { node: node.id, incarnation: node.incarnation, silent })
+    };
+    state.nodes().values().filter_map(judge).take(BATCH).collect()
+}
+
+/// Deadlines that passed and back-offs that ended.
+fn due(state: &State, now: Timestamp) -> Vec<PlannerCommand> {
+    let passed = state.index.due.iter().take_while(|(at, _)| *at <= now).take(BATCH);
+    let judge = |(at, vm): &(Timestamp, crate::VmId)| {
+        let row = state.vms().get(vm)?;
+        Some(if row.deadline == Some(*at) { PlannerCommand::ExpireVm { vm: *vm } } else { PlannerCommand::RetryVm { vm: *vm } })
+    };
+    passed.filter_map(judge).collect()
+}
+
+/// The idlest node with room for each machine that waits, oldest first; or the reason why there is none.
+fn place(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
+    let mut promised: BTreeMap<NodeId, Capacity> = BTreeMap::new();
+    let mut commands = Vec::new();
+    for vm in state.index.unplaced.iter().take(BATCH).filter_map(|id| state.vms().get(id)) {
+        match idlest(state, telemetry, &promised, vm) {
+            Ok(node) => {
+                let extra = promised.entry(node).or_default();
+                *extra = extra.plus(vm.size);
+                commands.push(PlannerCommand::PlaceVm { vm: vm.id, node });
+            }
+            Err(reason) if reason != vm.reason => commands.push(PlannerCommand::DeferVm { vm: vm.id, reason }),
+            Err(_) => {}
+        }
+    }
+    commands
+}
+
+fn idlest(state: &State, telemetry: &Telemetry, promised: &BTreeMap<NodeId, Capacity>, vm: &Vm) -> Result<NodeId, String> {
+    let mut refusals: BTreeMap<String, u32> = BTreeMap::new();
+    let mut best: Option<(u64, usize, NodeId)> = None;
+    for node in state.nodes().values() {
+        let extra = promised.get(&node.id).copied().unwrap_or_default();
+        if let Err(refusal) = state.has_room(node, vm.size.plus(extra)) {
+            let crate::Rejection::NoRoom { reason, .. } = refusal else { continue };
+            *refusals.entry(reason).or_default() += 1;
+            continue;
+        }
+        let load = load_permille(state, telemetry, node, extra);
+        let rank = (load, state.vm_count_on_node(node.id), node.id);
+        if best.is_none_or(|best| rank < best) {
+            best = Some(rank);
+        }
+    }
+    best.map(|(_, _, node)| node).ok_or_else(|| {
+        let why: Vec<String> = refusals.iter().map(|(reason, count)| format!("{count} × {reason}")).collect();
+        match why.is_empty() {
+            true => "no node has joined yet".into(),
+            false => format!("no node has room: {}", why.join(", ")),
+        }
+    })
+}
+
+/// Weighted use, in thousandths: of each resource what is used or promised, whichever is more, because a machine that
+/// was just placed does not show in the node's use yet.
+fn load_permille(state: &State, telemetry: &Telemetry, node: &Node, extra: Capacity) -> u64 {
+    let share = |part: u64, whole: u64| u64::try_from(u128::from(part) * 1000 / u128::from(whole.max(1))).unwrap_or(u64::MAX);
+    let room = state.promisable(node);
+    let promised = state.reserved(node.id).plus(extra);
+    let used = telemetry.nodes.get(&node.id).map(|heard| heard.status.clone()).unwrap_or_default();
+    let cpu = u64::from(used.cpu_permille).max(share(promised.vcpus, room.vcpus));
+    let memory = share(used.memory_used_bytes, used.memory_total_bytes).max(share(promised.memory_bytes, room.memory_bytes));
+    let disk = share(used.disk_used_bytes, used.disk_total_bytes).max(share(promised.disk_bytes, room.disk_bytes));
+    [(cpu, setting::WEIGHT_CPU), (memory, setting::WEIGHT_MEMORY), (disk, setting::WEIGHT_DISK)]
+        .into_iter()
+        .map(|(permille, weight)| permille.saturating_mul(state.setting(weight)))
+        .fold(0, u64::saturating_add)
+}
+
+/// Another copy of each image that has too few, on the node with the most free disk.
+fn replicate(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
+    let judge = |id: &ImageId| {
+        let image = state.images().get(id)?;
+        let sound = |(node, replica): (&NodeId, &ReplicaState)| {
+            *replica == ReplicaState::Good && state.nodes().get(node).is_some_and(|node| node.state == NodeState::Up)
+        };
+        image.replicas.iter().any(sound).then_some(())?;
+        let fit = |node: &&Node| node.state == NodeState::Up && !image.replicas.contains_key(&node.id);
+        let node = state.nodes().values().filter(fit).max_by_key(|node| (free_disk(telemetry, node), std::cmp::Reverse(node.id)))?;
+        Some(PlannerCommand::AddReplica { image: *id, node: node.id })
+    };
+    state.index.thin_images.iter().take(BATCH).filter_map(judge).collect()
+}
+
+/// The nodes that should receive a new image, best first: up, and with the most free disk for its size.
+pub fn image_targets(state: &State, telemetry: &Telemetry, size_bytes: u64) -> Vec<NodeId> {
+    let mut nodes: Vec<&Node> = state.nodes().values().filter(|node| node.state == NodeState::Up).collect();
+    nodes.retain(|node| free_disk(telemetry, node) > size_bytes);
+    nodes.sort_by_key(|node| (std::cmp::Reverse(free_disk(telemetry, node)), node.id));
+    nodes.into_iter().map(|node| node.id).collect()
+}
+
+fn free_disk(telemetry: &Telemetry, node: &Node) -> u64 {
+    match telemetry.nodes.get(&node.id) {
+        Some(heard) if heard.status.disk_total_bytes > 0 => heard.status.disk_total_bytes.saturating_sub(heard.status.disk_used_bytes),
+        _ => node.capacity.disk_bytes,
+    }
+}

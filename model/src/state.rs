@@ -1,0 +1,574 @@
+//! Everything the cloud is: one ordered table per noun, and the indexes that reads and planners need.
+//!
+//! Rows are changed only through the `put_*` and `remove_*` functions below, which keep the indexes true; the indexes
+//! are never stored, `load` rebuilds them. Deliberately not here: any rule about what may change; that is `apply`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    Capacity, Cluster, Controller, ControllerId, Digest, Image, ImageId, JoinToken, Line, Meter, Network, NetworkId, Node,
+    NodeId, Remembered, RequestId, Resource, Tag, Template, Tenant, TenantId, Timestamp, User, Vm, VmId,
+    setting,
+    table::{LoadError, RowChange, Table},
+};
+
+/// Equal on every replica at the same log index.
+#[derive(Clone, Debug)]
+pub struct State {
+    pub(crate) cluster: Table<u8, Cluster>,
+    pub(crate) controllers: Table<ControllerId, Controller>,
+    pub(crate) join_tokens: Table<Digest, JoinToken>,
+    pub(crate) nodes: Table<NodeId, Node>,
+    pub(crate) templates: Table<String, Template>,
+    pub(crate) tenants: Table<TenantId, Tenant>,
+    pub(crate) users: Table<String, User>,
+    pub(crate) networks: Table<NetworkId, Network>,
+    pub(crate) images: Table<ImageId, Image>,
+    pub(crate) vms: Table<VmId, Vm>,
+    pub(crate) tags: Table<(TenantId, String), Tag>,
+    pub(crate) settings: Table<String, u64>,
+    pub(crate) prices: Table<Timestamp, u64>,
+    pub(crate) meters: Table<Resource, Meter>,
+    pub(crate) lines: Table<(TenantId, u64), Line>,
+    pub(crate) requests: Table<RequestId, Remembered>,
+    pub(crate) index: Index,
+    hash: u128,
+}
+
+/// Derived from the rows; equal indexes follow from equal rows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Index {
+    pub(crate) tenant_by_name: BTreeMap<String, TenantId>,
+    pub(crate) user_by_token: BTreeMap<Digest, String>,
+    pub(crate) node_by_name: BTreeMap<String, NodeId>,
+    pub(crate) network_by_name: BTreeMap<(TenantId, String), NetworkId>,
+    pub(crate) image_by_name: BTreeMap<(TenantId, String), ImageId>,
+    pub(crate) images_by_digest: BTreeMap<Digest, BTreeSet<ImageId>>,
+    pub(crate) images_by_node: BTreeMap<NodeId, BTreeSet<ImageId>>,
+    /// Without ghosts: their names are free again.
+    pub(crate) vm_by_name: BTreeMap<(TenantId, String), VmId>,
+    pub(crate) vms_by_tenant: BTreeMap<TenantId, BTreeSet<VmId>>,
+    pub(crate) vms_by_node: BTreeMap<NodeId, BTreeSet<VmId>>,
+    pub(crate) vms_by_image: BTreeMap<ImageId, BTreeSet<VmId>>,
+    pub(crate) addresses: BTreeMap<NetworkId, BTreeMap<u32, VmId>>,
+    /// How many machines of a network are on each node.
+    pub(crate) network_nodes: BTreeMap<NetworkId, BTreeMap<NodeId, u32>>,
+    pub(crate) reserved: BTreeMap<NodeId, Capacity>,
+    pub(crate) usage: BTreeMap<TenantId, Usage>,
+    /// Machines that want a host and may have one now.
+    pub(crate) unplaced: BTreeSet<VmId>,
+    /// When a deadline passes or a back-off ends.
+    pub(crate) due: BTreeSet<(Timestamp, VmId)>,
+    pub(crate) requests_by_age: BTreeSet<(Timestamp, RequestId)>,
+    /// Images with fewer replicas, wanted ones counted, than they should have.
+    pub(crate) thin_images: BTreeSet<ImageId>,
+}
+
+/// What a tenant holds, as its quota counts it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub vms: u64,
+    pub size: Capacity,
+    pub networks: u64,
+    pub image_bytes: u64,
+}
+
+macro_rules! tables {
+    ($self:ident, $do:ident) => {
+        $do!($self, 0, cluster);
+        $do!($self, 1, controllers);
+        $do!($self, 2, join_tokens);
+        $do!($self, 3, nodes);
+        $do!($self, 4, templates);
+        $do!($self, 5, tenants);
+        $do!($self, 6, users);
+        $do!($self, 7, networks);
+        $do!($self, 8, images);
+        $do!($self, 9, vms);
+        $do!($self, 10, tags);
+        $do!($self, 11, settings);
+        $do!($self, 12, prices);
+        $do!($self, 13, meters);
+        $do!($self, 14, lines);
+        $do!($self, 15, requests);
+    };
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let mut state = Self {
+            cluster: Table::new(0),
+            controllers: Table::new(1),
+            join_tokens: Table::new(2),
+            nodes: Table::new(3),
+            templates: Table::new(4),
+            tenants: Table::new(5),
+            users: Table::new(6),
+            networks: Table::new(7),
+            images: Table::new(8),
+            vms: Table::new(9),
+            tags: Table::new(10),
+            settings: Table::new(11),
+            prices: Table::new(12),
+            meters: Table::new(13),
+            lines: Table::new(14),
+            requests: Table::new(15),
+            index: Index::default(),
+            hash: 0,
+        };
+        state.cluster.put(0, Cluster::default());
+        state
+    }
+}
+
+/// Reading.
+impl State {
+    pub fn cluster(&self) -> &Cluster {
+        self.cluster.get(&0).expect("the cluster's row is there from the start and never removed")
+    }
+    pub fn now(&self) -> Timestamp {
+        self.cluster().now
+    }
+    pub fn controllers(&self) -> &Table<ControllerId, Controller> {
+        &self.controllers
+    }
+    pub fn join_tokens(&self) -> &Table<Digest, JoinToken> {
+        &self.join_tokens
+    }
+    pub fn nodes(&self) -> &Table<NodeId, Node> {
+        &self.nodes
+    }
+    pub fn templates(&self) -> &Table<String, Template> {
+        &self.templates
+    }
+    pub fn tenants(&self) -> &Table<TenantId, Tenant> {
+        &self.tenants
+    }
+    pub fn users(&self) -> &Table<String, User> {
+        &self.users
+    }
+    pub fn networks(&self) -> &Table<NetworkId, Network> {
+        &self.networks
+    }
+    pub fn images(&self) -> &Table<ImageId, Image> {
+        &self.images
+    }
+    pub fn vms(&self) -> &Table<VmId, Vm> {
+        &self.vms
+    }
+    pub fn tags(&self) -> &Table<(TenantId, String), Tag> {
+        &self.tags
+    }
+    pub fn prices(&self) -> &Table<Timestamp, u64> {
+        &self.prices
+    }
+    pub fn meters(&self) -> &Table<Resource, Meter> {
+        &self.meters
+    }
+    pub fn lines(&self) -> &Table<(TenantId, u64), Line> {
+        &self.lines
+    }
+    pub fn requests(&self) -> &Table<RequestId, Remembered> {
+        &self.requests
+    }
+
+    /// The value of a setting, its default when nobody set it.
+    ///
+    /// # Panics
+    /// When `name` is not one of the constants of [`setting`].
+    pub fn setting(&self, name: &str) -> u64 {
+        let default = setting::find(name).expect("settings are named by the constants of their module").default;
+        self.settings.get(&name.to_owned()).copied().unwrap_or(default)
+    }
+
+    pub fn tenant_named(&self, name: &str) -> Option<&Tenant> {
+        self.index.tenant_by_name.get(name).and_then(|id| self.tenants.get(id))
+    }
+    pub fn node_named(&self, name: &str) -> Option<&Node> {
+        self.index.node_by_name.get(name).and_then(|id| self.nodes.get(id))
+    }
+    pub fn network_named(&self, tenant: TenantId, name: &str) -> Option<&Network> {
+        self.index.network_by_name.get(&(tenant, name.to_owned())).and_then(|id| self.networks.get(id))
+    }
+    pub fn image_named(&self, tenant: TenantId, name: &str) -> Option<&Image> {
+        self.index.image_by_name.get(&(tenant, name.to_owned())).and_then(|id| self.images.get(id))
+    }
+    pub fn vm_named(&self, tenant: TenantId, name: &str) -> Option<&Vm> {
+        self.index.vm_by_name.get(&(tenant, name.to_owned())).and_then(|id| self.vms.get(id))
+    }
+    pub fn user_of_token(&self, token: &Digest) -> Option<&User> {
+        self.index.user_by_token.get(token).and_then(|name| self.users.get(name))
+    }
+    pub fn vms_of_tenant(&self, tenant: TenantId) -> impl DoubleEndedIterator<Item = &Vm> {
+        self.index.vms_by_tenant.get(&tenant).into_iter().flatten().filter_map(|id| self.vms.get(id))
+    }
+    /// From the row after `after`, in order of id.
+    pub fn vms_of_tenant_after(&self, tenant: TenantId, after: VmId) -> impl Iterator<Item = &Vm> {
+        let later = (std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded);
+        self.index.vms_by_tenant.get(&tenant).into_iter().flat_map(move |ids| ids.range(later)).filter_map(|id| self.vms.get(id))
+    }
+    pub fn vms_on_node(&self, node: NodeId) -> impl Iterator<Item = &Vm> {
+        self.index.vms_by_node.get(&node).into_iter().flatten().filter_map(|id| self.vms.get(id))
+    }
+    pub fn vm_count_on_node(&self, node: NodeId) -> usize {
+        self.index.vms_by_node.get(&node).map_or(0, BTreeSet::len)
+    }
+    pub fn vms_of_image(&self, image: ImageId) -> usize {
+        self.index.vms_by_image.get(&image).map_or(0, BTreeSet::len)
+    }
+    pub fn addresses_used(&self, network: NetworkId) -> usize {
+        self.index.addresses.get(&network).map_or(0, BTreeMap::len)
+    }
+    /// What the machines on a node are promised.
+    pub fn reserved(&self, node: NodeId) -> Capacity {
+        self.index.reserved.get(&node).copied().unwrap_or_default()
+    }
+    pub fn usage(&self, tenant: TenantId) -> Usage {
+        self.index.usage.get(&tenant).copied().unwrap_or_default()
+    }
+    /// What may be promised on a node: its capacity times the overcommit ratios.
+    pub fn promisable(&self, node: &Node) -> Capacity {
+        let of = |amount: u64, ratio: &str| {
+            u64::try_from(u128::from(amount) * u128::from(self.setting(ratio)) / 1000).unwrap_or(u64::MAX)
+        };
+        Capacity {
+            vcpus: of(node.capacity.vcpus, setting::OVERCOMMIT_CPU),
+            memory_bytes: of(node.capacity.memory_bytes, setting::OVERCOMMIT_MEMORY),
+            disk_bytes: of(node.capacity.disk_bytes, setting::OVERCOMMIT_DISK),
+        }
+    }
+}
+
+/// What of a machine its host has to know.
+fn wished(vm: &Vm) -> (Option<crate::Placement>, crate::Wanted, u64, u32, u32) {
+    (vm.placement, vm.wanted, vm.stop_grace_millis, vm.reboots, vm.tries)
+}
+
+/// Persistence: changed rows out, all rows in.
+impl State {
+    /// The rows that changed since the last call; from here on the hash covers them.
+    pub fn drain_changes(&mut self) -> Vec<RowChange> {
+        let mut changes = Vec::new();
+        macro_rules! drain {
+            ($state:ident, $number:literal, $table:ident) => {
+                $state.$table.drain(&mut changes, &mut $state.hash)
+            };
+        }
+        tables!(self, drain);
+        changes
+    }
+
+    /// A hash of all rows as of the last `drain_changes`, however they came to be.
+    pub fn hash(&self) -> [u8; 16] {
+        self.hash.to_le_bytes()
+    }
+
+    /// Rebuilds the state from what `drain_changes` gave out.
+    ///
+    /// # Errors
+    /// When a row is of an unknown table or does not decode.
+    pub fn load(rows: impl Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<Self, LoadError> {
+        let mut state = Self::default();
+        for (table, key, row) in rows {
+            macro_rules! load {
+                ($state:ident, $number:literal, $table:ident) => {
+                    if table == $number {
+                        $state.$table.load(&key, &row, &mut $state.hash)?;
+                        continue;
+                    }
+                };
+            }
+            tables!(state, load);
+            return Err(LoadError { table, reason: "no such table in this version".into() });
+        }
+        state.cluster.settle();
+        state.index = Index::of(&state);
+        Ok(state)
+    }
+
+    /// The rows that follow from the tables, rebuilt from nothing; equal to the kept ones, always.
+    pub fn rebuilt_index(&self) -> Index {
+        Index::of(self)
+    }
+    pub fn kept_index(&self) -> &Index {
+        &self.index
+    }
+}
+
+impl Index {
+    fn of(state: &State) -> Self {
+        let mut index = Self::default();
+        state.tenants.values().for_each(|row| index.add_tenant(row));
+        state.users.values().for_each(|row| index.add_user(row));
+        state.nodes.values().for_each(|row| index.add_node(row));
+        state.networks.values().for_each(|row| index.add_network(row));
+        state.images.values().for_each(|row| index.add_image(row));
+        state.vms.values().for_each(|row| index.add_vm(row));
+        state.requests.iter().for_each(|(id, row)| index.add_request(*id, row));
+        index
+    }
+
+    fn add_tenant(&mut self, row: &Tenant) {
+        self.tenant_by_name.insert(row.name.clone(), row.id);
+    }
+    fn add_user(&mut self, row: &User) {
+        self.user_by_token.insert(row.token, row.name.clone());
+    }
+    fn add_node(&mut self, row: &Node) {
+        self.node_by_name.insert(row.name.clone(), row.id);
+    }
+    fn add_request(&mut self, id: RequestId, row: &Remembered) {
+        self.requests_by_age.insert((row.at, id));
+    }
+    fn add_network(&mut self, row: &Network) {
+        self.network_by_name.insert((row.tenant, row.name.clone()), row.id);
+        self.usage.entry(row.tenant).or_default().networks += 1;
+    }
+    fn add_image(&mut self, row: &Image) {
+        self.image_by_name.insert((row.tenant, row.name.clone()), row.id);
+        self.images_by_digest.entry(row.digest).or_default().insert(row.id);
+        for node in row.replicas.keys() {
+            self.images_by_node.entry(*node).or_default().insert(row.id);
+        }
+        if row.replicas.len() < row.wanted_replicas as usize {
+            self.thin_images.insert(row.id);
+        }
+        self.usage.entry(row.tenant).or_default().image_bytes += row.size_bytes;
+    }
+    fn add_vm(&mut self, vm: &Vm) {
+        if !vm.ghost {
+            self.vm_by_name.insert((vm.tenant, vm.name.clone()), vm.id);
+            self.vms_by_tenant.entry(vm.tenant).or_default().insert(vm.id);
+            let usage = self.usage.entry(vm.tenant).or_default();
+            usage.vms += 1;
+            usage.size = usage.size.plus(vm.size);
+        }
+        self.vms_by_image.entry(vm.image).or_default().insert(vm.id);
+        for nic in &vm.nics {
+            self.addresses.entry(nic.network).or_default().insert(nic.ip.into(), vm.id);
+        }
+        if let Some(placement) = vm.placement {
+            self.vms_by_node.entry(placement.node).or_default().insert(vm.id);
+            let reserved = self.reserved.entry(placement.node).or_default();
+            *reserved = reserved.plus(vm.size);
+            for nic in &vm.nics {
+                *self.network_nodes.entry(nic.network).or_default().entry(placement.node).or_default() += 1;
+            }
+        } else if vm.wants_host() {
+            self.unplaced.insert(vm.id);
+        }
+        vm.due_times().for_each(|at| {
+            self.due.insert((at, vm.id));
+        });
+    }
+    fn remove_vm(&mut self, vm: &Vm) {
+        if !vm.ghost {
+            self.vm_by_name.remove(&(vm.tenant, vm.name.clone()));
+            forget(&mut self.vms_by_tenant, vm.tenant, vm.id);
+            let usage = self.usage.entry(vm.tenant).or_default();
+            usage.vms -= 1;
+            usage.size = usage.size.minus(vm.size);
+            self.settle_usage(vm.tenant);
+        }
+        forget(&mut self.vms_by_image, vm.image, vm.id);
+        for nic in &vm.nics {
+            if let Some(addresses) = self.addresses.get_mut(&nic.network) {
+                addresses.remove(&nic.ip.into());
+                if addresses.is_empty() {
+                    self.addresses.remove(&nic.network);
+                }
+            }
+        }
+        if let Some(placement) = vm.placement {
+            self.leave_node(vm, placement.node);
+        }
+        self.unplaced.remove(&vm.id);
+        vm.due_times().for_each(|at| {
+            self.due.remove(&(at, vm.id));
+        });
+    }
+    fn leave_node(&mut self, vm: &Vm, node: NodeId) {
+        forget(&mut self.vms_by_node, node, vm.id);
+        if let Some(reserved) = self.reserved.get_mut(&node) {
+            *reserved = reserved.minus(vm.size);
+            if *reserved == Capacity::default() && !self.vms_by_node.contains_key(&node) {
+                self.reserved.remove(&node);
+            }
+        }
+        for nic in &vm.nics {
+            let Some(nodes) = self.network_nodes.get_mut(&nic.network) else { continue };
+            if let Some(count) = nodes.get_mut(&node) {
+                *count -= 1;
+                if *count == 0 {
+                    nodes.remove(&node);
+                }
+            }
+            if nodes.is_empty() {
+                self.network_nodes.remove(&nic.network);
+            }
+        }
+    }
+    fn settle_usage(&mut self, tenant: TenantId) {
+        if self.usage.get(&tenant) == Some(&Usage::default()) {
+            self.usage.remove(&tenant);
+        }
+    }
+}
+
+fn forget<K: Ord, V: Ord>(sets: &mut BTreeMap<K, BTreeSet<V>>, key: K, value: V) {
+    if let Some(set) = sets.get_mut(&key) {
+        set.remove(&value);
+        if set.is_empty() {
+            sets.remove(&key);
+        }
+    }
+}
+
+/// Writing: the only places where rows and indexes change together.
+impl State {
+    pub(crate) fn cluster_mut<T>(&mut self, change: impl FnOnce(&mut Cluster) -> T) -> T {
+        self.cluster.update(&0, change).expect("the cluster's row is there from the start and never removed")
+    }
+
+    pub(crate) fn put_tenant(&mut self, row: Tenant) {
+        self.index.add_tenant(&row);
+        self.tenants.put(row.id, row);
+    }
+    pub(crate) fn remove_tenant(&mut self, id: TenantId) {
+        if let Some(row) = self.tenants.remove(&id, &mut self.hash) {
+            self.index.tenant_by_name.remove(&row.name);
+        }
+    }
+    pub(crate) fn put_user(&mut self, row: User) {
+        self.index.add_user(&row);
+        self.users.put(row.name.clone(), row);
+    }
+    pub(crate) fn remove_user(&mut self, name: &str) {
+        if let Some(row) = self.users.remove(&name.to_owned(), &mut self.hash) {
+            self.index.user_by_token.remove(&row.token);
+        }
+    }
+    pub(crate) fn put_node(&mut self, row: Node) {
+        self.index.add_node(&row);
+        self.nodes.put(row.id, row);
+    }
+    pub(crate) fn remove_node(&mut self, id: NodeId) {
+        if let Some(row) = self.nodes.remove(&id, &mut self.hash) {
+            self.index.node_by_name.remove(&row.name);
+        }
+    }
+    pub(crate) fn put_network(&mut self, row: Network) {
+        self.index.add_network(&row);
+        self.networks.put(row.id, row);
+    }
+    pub(crate) fn remove_network(&mut self, id: NetworkId) {
+        if let Some(row) = self.networks.remove(&id, &mut self.hash) {
+            self.index.network_by_name.remove(&(row.tenant, row.name));
+            self.index.usage.entry(row.tenant).or_default().networks -= 1;
+            self.index.settle_usage(row.tenant);
+        }
+    }
+    pub(crate) fn put_image(&mut self, row: Image) {
+        self.unindex_image(row.id);
+        self.index.add_image(&row);
+        self.images.put(row.id, row);
+    }
+    pub(crate) fn remove_image(&mut self, id: ImageId) {
+        self.unindex_image(id);
+        self.images.remove(&id, &mut self.hash);
+    }
+    fn unindex_image(&mut self, id: ImageId) {
+        let Some(row) = self.images.get(&id) else { return };
+        self.index.image_by_name.remove(&(row.tenant, row.name.clone()));
+        forget(&mut self.index.images_by_digest, row.digest, id);
+        for node in row.replicas.keys() {
+            forget(&mut self.index.images_by_node, *node, id);
+        }
+        self.index.thin_images.remove(&id);
+        self.index.usage.entry(row.tenant).or_default().image_bytes -= row.size_bytes;
+        self.index.settle_usage(row.tenant);
+    }
+
+    /// Puts the machine's row. The nodes whose assignment this changes get a new generation.
+    pub(crate) fn put_vm(&mut self, vm: Vm) {
+        let old = self.vms.get(&vm.id);
+        let unchanged = old.is_some_and(|old| wished(old) == wished(&vm));
+        let before = old.and_then(|old| old.placement).map(|p| p.node);
+        let after = vm.placement.map(|p| p.node);
+        let shared: Vec<NetworkId> = vm.nics.iter().map(|nic| nic.network).collect();
+        let members = self.members(&shared);
+        if let Some(old) = self.vms.get(&vm.id) {
+            self.index.remove_vm(old);
+        }
+        self.index.add_vm(&vm);
+        self.vms.put(vm.id, vm);
+        if !unchanged {
+            self.renumber([before, after], &shared, members);
+        }
+    }
+
+    pub(crate) fn remove_vm(&mut self, id: VmId) {
+        let Some(old) = self.vms.get(&id) else { return };
+        let shared: Vec<NetworkId> = old.nics.iter().map(|nic| nic.network).collect();
+        let before = old.placement.map(|p| p.node);
+        let members = self.members(&shared);
+        if let Some(old) = self.vms.remove(&id, &mut self.hash) {
+            self.index.remove_vm(&old);
+        }
+        self.renumber([before, None], &shared, members);
+    }
+
+    fn members(&self, networks: &[NetworkId]) -> Vec<BTreeSet<NodeId>> {
+        let nodes = |network| self.index.network_nodes.get(network).into_iter().flatten().map(|(node, _)| *node).collect();
+        networks.iter().map(nodes).collect()
+    }
+
+    /// A machine's own host is told of every change of it; the other hosts of its networks only when a host joined
+    /// or left the network, because then their tunnels change.
+    fn renumber(&mut self, own: [Option<NodeId>; 2], networks: &[NetworkId], before: Vec<BTreeSet<NodeId>>) {
+        let mut touched: BTreeSet<NodeId> = own.into_iter().flatten().collect();
+        for (old, new) in before.iter().zip(self.members(networks)) {
+            if *old != new {
+                touched.extend(old.iter().chain(&new));
+            }
+        }
+        for node in touched {
+            self.renumber_node(node);
+        }
+    }
+
+    pub(crate) fn renumber_node(&mut self, node: NodeId) {
+        self.nodes.update(&node, |row| row.generation += 1);
+    }
+
+    pub(crate) fn remember(&mut self, id: RequestId, row: Remembered) {
+        self.index.add_request(id, &row);
+        self.requests.put(id, row);
+    }
+    /// Forgets replies that are older than `oldest` or beyond the `most` newest; a few at a time, so that no entry pays for many.
+    pub(crate) fn forget_requests(&mut self, oldest: Timestamp, most: usize) {
+        const AT_ONCE: usize = 4;
+        for _ in 0..AT_ONCE {
+            match self.index.requests_by_age.first().copied() {
+                Some((at, id)) if at < oldest || self.requests.len() > most => {
+                    self.index.requests_by_age.remove(&(at, id));
+                    self.requests.remove(&id, &mut self.hash);
+                }
+                _ => return,
+            }
+        }
+    }
+
+    pub(crate) fn drop_join_token(&mut self, token: &Digest) {
+        self.join_tokens.remove(token, &mut self.hash);
+    }
+    pub(crate) fn drop_template(&mut self, name: &str) {
+        self.templates.remove(&name.to_owned(), &mut self.hash);
+    }
+    pub(crate) fn drop_tag(&mut self, key: &(TenantId, String)) {
+        self.tags.remove(key, &mut self.hash);
+    }
+    pub(crate) fn drop_meter(&mut self, resource: Resource) -> Option<Meter> {
+        self.meters.remove(&resource, &mut self.hash)
+    }
+}

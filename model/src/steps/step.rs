@@ -1,0 +1,112 @@
+//! One thing that a host can do about its assignment: data, and one line when printed.
+
+use std::fmt;
+
+use crate::{
+    Digest, ImageWish, NetworkWish, VmId,
+    command::{ImageReport, VmReport},
+};
+
+/// One thing to do. Each prints as one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Get the bytes from one of the sources, verified.
+    FetchImage(ImageWish),
+    /// Delete a blob that nobody wants.
+    DropImage(Digest),
+    /// Make the network as wished, or mend it.
+    EnsureNetwork(NetworkWish),
+    /// Remove a network that nobody wants.
+    RemoveNetwork(u32),
+    /// Make the overlay and the seed.
+    MakeDisk(VmId),
+    /// Define it and switch it on; carries out all reboots up to `reboots`.
+    Start {
+        vm: VmId,
+        reboots: u32,
+        after_crash: bool,
+    },
+    Suspend(VmId),
+    Resume(VmId),
+    /// Ask the guest to switch itself off.
+    PressPower(VmId),
+    /// Switch it off at once.
+    PowerOff(VmId),
+    /// Boot it again; carries out all reboots up to `reboots`.
+    Reset {
+        vm: VmId,
+        reboots: u32,
+    },
+    /// Leave neither domain nor disk.
+    Remove(VmId),
+    /// Switch off and undefine a guest that nobody wants here; keep its disk aside.
+    Quarantine {
+        vm: VmId,
+        epoch: u64,
+    },
+    /// Tell the quorum what became of a machine.
+    Report(VmReport),
+    /// Tell the quorum what became of a replica.
+    ReportImage(ImageReport),
+}
+
+impl Step {
+    /// What it is about; `None` for a report, which never waits.
+    pub fn subject(&self) -> Option<Subject> {
+        match self {
+            Self::FetchImage(image) => Some(Subject::Image(image.digest)),
+            Self::DropImage(digest) => Some(Subject::Image(*digest)),
+            Self::EnsureNetwork(network) => Some(Subject::Network(network.vni)),
+            Self::RemoveNetwork(vni) => Some(Subject::Network(*vni)),
+            Self::MakeDisk(vm)
+            | Self::Start { vm, .. }
+            | Self::Suspend(vm)
+            | Self::Resume(vm)
+            | Self::PressPower(vm)
+            | Self::PowerOff(vm)
+            | Self::Reset { vm, .. }
+            | Self::Remove(vm)
+            | Self::Quarantine { vm, .. } => Some(Subject::Vm(*vm)),
+            Self::Report(_) | Self::ReportImage(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FetchImage(image) => write!(f, "fetch image {}", image.digest),
+            Self::DropImage(digest) => write!(f, "drop image {digest}"),
+            Self::EnsureNetwork(wish) => write!(f, "ensure network {} vni {}", wish.network, wish.vni),
+            Self::RemoveNetwork(vni) => write!(f, "remove network vni {vni}"),
+            Self::MakeDisk(vm) => write!(f, "make disk {vm}"),
+            Self::Start { vm, after_crash: false, .. } => write!(f, "start {vm}"),
+            Self::Start { vm, after_crash: true, .. } => write!(f, "start {vm} after a crash"),
+            Self::Suspend(vm) => write!(f, "suspend {vm}"),
+            Self::Resume(vm) => write!(f, "resume {vm}"),
+            Self::PressPower(vm) => write!(f, "press power {vm}"),
+            Self::PowerOff(vm) => write!(f, "power off {vm}"),
+            Self::Reset { vm, reboots } => write!(f, "reset {vm} for reboot {reboots}"),
+            Self::Remove(vm) => write!(f, "remove {vm}"),
+            Self::Quarantine { vm, epoch } => write!(f, "quarantine {vm} epoch {epoch}"),
+            Self::Report(report) => {
+                write!(
+                    f,
+                    "report {} epoch {} {:?} rebooted {}",
+                    report.vm, report.epoch, report.phase, report.rebooted
+                )?;
+                if report.reason.is_empty() { Ok(()) } else { write!(f, ": {}", report.reason) }
+            }
+            Self::ReportImage(report) if report.good => write!(f, "report image {} good", report.digest),
+            Self::ReportImage(report) => write!(f, "report image {} lost", report.digest),
+        }
+    }
+}
+
+/// What a step is about: one step at a time for each, and failures are counted for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Subject {
+    Vm(VmId),
+    Network(u32),
+    Image(Digest),
+}

@@ -1,0 +1,150 @@
+//! One step, carried out. Each ends well or with a reason; whether to try again is the executor's business.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use futures::FutureExt;
+use model::{
+    Assignment, ImageWish, VmId,
+    steps::{IMAGE_IDLE_MILLIS, Step},
+};
+use storage::images::ImageError;
+use tokio::task::spawn_blocking;
+
+use crate::{
+    host::Host,
+    hypervisor::{GuestNic, GuestSpec, Hypervisor, HypervisorError},
+    images::{self, TransferError},
+};
+
+/// Longest reason that goes into the log of the quorum.
+const REASON_CHARS: usize = 300;
+
+/// Why a step was not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    pub kind: FaultKind,
+    pub reason: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// It says nothing about the step: a daemon restarts, another transfer is at it. Tried again, and not counted.
+    NotNow,
+    Transient,
+    Permanent,
+}
+
+/// Carries out a step; a panic in it is a fault like another.
+pub async fn act(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Result<(), Fault> {
+    let name = step.to_string();
+    let outcome = AssertUnwindSafe(perform(host, assignment, step)).catch_unwind().await;
+    let outcome =
+        outcome.unwrap_or_else(|_| Err(fault(FaultKind::Transient, "the agent has a mistake in it: a panic")));
+    outcome.map_err(|Fault { kind, reason }| {
+        let reason =
+            reason.chars().map(|c| if c.is_control() { ' ' } else { c }).take(REASON_CHARS).collect::<String>();
+        Fault { kind, reason: format!("{name}: {reason}") }
+    })
+}
+
+async fn perform(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Result<(), Fault> {
+    match step {
+        Step::FetchImage(image) => fetch(&host, image).await,
+        Step::DropImage(digest) => {
+            let store = host.images.clone();
+            let dropped = spawn_blocking(move || store.remove(digest, Duration::from_millis(IMAGE_IDLE_MILLIS))).await;
+            dropped.map_err(|_| cut_short())?.map(drop).map_err(|error| fault(FaultKind::Transient, error))
+        }
+        Step::EnsureNetwork(wish) => {
+            host.network.ensure(&wish, host.underlay).await.map_err(|error| fault(FaultKind::Transient, error))
+        }
+        Step::RemoveNetwork(vni) => host.network.remove(vni).await.map_err(|error| fault(FaultKind::Transient, error)),
+        Step::MakeDisk(vm) => with_spec(host, assignment, vm, |hypervisor, spec| hypervisor.make_disk(spec)).await,
+        Step::Start { vm, .. } => with_spec(host, assignment, vm, |hypervisor, spec| hypervisor.start(spec)).await,
+        Step::Suspend(vm) => hypervisor(host, move |hypervisor| hypervisor.suspend(vm)).await,
+        Step::Resume(vm) => hypervisor(host, move |hypervisor| hypervisor.resume(vm)).await,
+        Step::PressPower(vm) => hypervisor(host, move |hypervisor| hypervisor.press_power(vm)).await,
+        Step::PowerOff(vm) => hypervisor(host, move |hypervisor| hypervisor.power_off(vm)).await,
+        Step::Reset { vm, .. } => hypervisor(host, move |hypervisor| hypervisor.reset(vm)).await,
+        Step::Remove(vm) => hypervisor(host, move |hypervisor| hypervisor.remove(vm)).await,
+        Step::Quarantine { vm, .. } => hypervisor(host, move |hypervisor| hypervisor.quarantine(vm)).await,
+        // The executor delivers these itself.
+        Step::Report(_) | Step::ReportImage(_) => Ok(()),
+    }
+}
+
+async fn fetch(host: &Host, image: ImageWish) -> Result<(), Fault> {
+    let (view, digest, size) = (host.view.clone(), image.digest, image.size_bytes);
+    let progress = move |done| view.set_fetched(digest, done, size);
+    let fetched = images::fetch(&host.images, &host.identity, &image, progress).await;
+    host.view.end_fetch(digest);
+    fetched.map(drop).map_err(|error| match error {
+        TransferError::Store(ImageError::Busy(_)) => fault(FaultKind::NotNow, error),
+        other => fault(FaultKind::Transient, other),
+    })
+}
+
+async fn with_spec(
+    host: Arc<Host>,
+    assignment: Arc<Assignment>,
+    vm: VmId,
+    work: impl FnOnce(&dyn Hypervisor, &GuestSpec) -> Result<(), HypervisorError> + Send + 'static,
+) -> Result<(), Fault> {
+    let done = spawn_blocking(move || {
+        let spec = spec(&host, &assignment, vm)?;
+        work(&*host.hypervisor, &spec).map_err(hypervisor_fault)
+    });
+    done.await.map_err(|_| cut_short())?
+}
+
+async fn hypervisor(
+    host: Arc<Host>,
+    work: impl FnOnce(&dyn Hypervisor) -> Result<(), HypervisorError> + Send + 'static,
+) -> Result<(), Fault> {
+    spawn_blocking(move || work(&*host.hypervisor)).await.map_err(|_| cut_short())?.map_err(hypervisor_fault)
+}
+
+/// Blocks: the base is verified here once more, so that no guest stands on damaged bytes.
+fn spec(host: &Host, assignment: &Assignment, vm: VmId) -> Result<GuestSpec, Fault> {
+    let wish = assignment.vms.iter().find(|wish| wish.vm == vm);
+    let wish = wish.ok_or_else(|| fault(FaultKind::NotNow, "the assignment no longer has it"))?;
+    let base = host.images.verified(wish.image.digest).map_err(|error| fault(FaultKind::Transient, error))?;
+    host.images.touch(wish.image.digest);
+    let nic = |nic: &model::NicWish| GuestNic {
+        network: nic.network,
+        mac: nic.mac,
+        bridge: host.network.bridge(nic.vni),
+        mtu: host.network.mtu(),
+    };
+    Ok(GuestSpec {
+        cluster: assignment.cluster.clone(),
+        vm,
+        epoch: wish.epoch,
+        tenant: wish.tenant.clone(),
+        hostname: wish.name.clone(),
+        size: wish.size,
+        base,
+        base_format: wish.image.format,
+        base_virtual_bytes: wish.image.virtual_bytes,
+        nics: wish.nics.iter().map(nic).collect(),
+        ssh_keys: wish.ssh_keys.clone(),
+        user_data: wish.user_data.clone(),
+    })
+}
+
+fn hypervisor_fault(error: HypervisorError) -> Fault {
+    let kind = match error {
+        HypervisorError::Unreachable(_) => FaultKind::NotNow,
+        HypervisorError::Transient(_) => FaultKind::Transient,
+        HypervisorError::Permanent(_) => FaultKind::Permanent,
+    };
+    fault(kind, error)
+}
+
+fn cut_short() -> Fault {
+    fault(FaultKind::Transient, "the agent has a mistake in it: a panic")
+}
+
+fn fault(kind: FaultKind, reason: impl ToString) -> Fault {
+    Fault { kind, reason: reason.to_string() }
+}

@@ -1,0 +1,469 @@
+//! The executor in a simulated host, against what the quorum would see.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Instant,
+};
+
+use api::{session::FromAgent, tls::CertificateAuthority};
+use model::{
+    Capacity, HypervisorKind, ImageFormat, ImageWish, Mac, NetworkId, NetworkWish, NicWish, NodeId, command::VmReport,
+    telemetry::NodeStatus,
+};
+use storage::images::{Begun, ImageStore};
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::{
+    hypervisor::{
+        Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason,
+        simulated::{Simulated, SimulatedConfig},
+    },
+    network::{Network, simulated::SimulatedNetwork},
+    view::View,
+};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const BASE: &[u8] = b"a base image";
+
+/// A simulated hypervisor that can be told to misbehave, and counts what cannot be seen afterwards.
+struct Moody {
+    inner: Simulated,
+    mood: Mutex<Mood>,
+    starts: AtomicU32,
+    resets: AtomicU32,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Mood {
+    Good,
+    Unreachable,
+    NoStart,
+    Panics,
+}
+
+type Hyper<T> = crate::hypervisor::Result<T>;
+
+impl Moody {
+    fn set(&self, mood: Mood) {
+        *self.mood.lock().unwrap() = mood;
+    }
+
+    fn mood(&self) -> Mood {
+        *self.mood.lock().unwrap()
+    }
+
+    fn check(&self) -> Hyper<()> {
+        match self.mood() {
+            Mood::Unreachable => Err(HypervisorError::Unreachable("the daemon is down".into())),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Hypervisor for Moody {
+    fn kind(&self) -> HypervisorKind {
+        self.inner.kind()
+    }
+    fn capacity(&self) -> Hyper<Capacity> {
+        self.inner.capacity()
+    }
+    fn node_status(&self) -> Hyper<NodeStatus> {
+        self.inner.node_status()
+    }
+    fn guests(&self) -> Hyper<Vec<Guest>> {
+        self.check()?;
+        self.inner.guests()
+    }
+    fn usage(&self) -> Hyper<Vec<(VmId, GuestUsage)>> {
+        self.inner.usage()
+    }
+    fn bases(&self) -> Hyper<BTreeSet<PathBuf>> {
+        self.inner.bases()
+    }
+    fn make_disk(&self, spec: &GuestSpec) -> Hyper<()> {
+        self.check()?;
+        self.inner.make_disk(spec)
+    }
+    fn start(&self, spec: &GuestSpec) -> Hyper<()> {
+        self.check()?;
+        match self.mood() {
+            Mood::NoStart => return Err(HypervisorError::Permanent("no such machine type".into())),
+            Mood::Panics => panic!("a mistake in the hypervisor's code"),
+            Mood::Good | Mood::Unreachable => {}
+        }
+        self.starts.fetch_add(1, Ordering::SeqCst);
+        self.inner.start(spec)
+    }
+    fn suspend(&self, vm: VmId) -> Hyper<()> {
+        self.inner.suspend(vm)
+    }
+    fn resume(&self, vm: VmId) -> Hyper<()> {
+        self.inner.resume(vm)
+    }
+    fn press_power(&self, vm: VmId) -> Hyper<()> {
+        self.inner.press_power(vm)
+    }
+    fn power_off(&self, vm: VmId) -> Hyper<()> {
+        self.inner.power_off(vm)
+    }
+    fn reset(&self, vm: VmId) -> Hyper<()> {
+        self.resets.fetch_add(1, Ordering::SeqCst);
+        self.inner.reset(vm)
+    }
+    fn remove(&self, vm: VmId) -> Hyper<()> {
+        self.inner.remove(vm)
+    }
+    fn quarantine(&self, vm: VmId) -> Hyper<()> {
+        self.inner.quarantine(vm)
+    }
+    fn console_log(&self, vm: VmId, max_bytes: usize) -> Hyper<Vec<u8>> {
+        self.inner.console_log(vm, max_bytes)
+    }
+}
+
+/// A host with an executor, and everything that it reported.
+struct World {
+    dir: tempfile::TempDir,
+    hypervisor: Arc<Moody>,
+    network: Arc<SimulatedNetwork>,
+    view: Arc<View>,
+    assignment: watch::Sender<Option<Arc<Assignment>>>,
+    incarnation: watch::Sender<u64>,
+    reports: Arc<Mutex<Vec<VmReport>>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+fn hypervisor(dir: &Path) -> Arc<Moody> {
+    let config = SimulatedConfig {
+        dir: dir.to_owned(),
+        cluster: "c".into(),
+        host: "h1".into(),
+        capacity: Capacity { vcpus: 8, memory_bytes: 8 << 30, disk_bytes: 80 << 30 },
+        delay_permille: 0,
+        failure_permille: 0,
+        seed: 1,
+        effects: None,
+    };
+    let inner = Simulated::open(config).unwrap();
+    Arc::new(Moody { inner, mood: Mutex::new(Mood::Good), starts: AtomicU32::new(0), resets: AtomicU32::new(0) })
+}
+
+impl World {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = ImageStore::open(dir.path(), 0).unwrap();
+        if let Begun::Writing(mut incoming) = store.begin(Digest::of(BASE), BASE.len() as u64).unwrap() {
+            incoming.write(BASE).unwrap();
+            incoming.finish().unwrap();
+        }
+        let mut world = Self {
+            hypervisor: hypervisor(dir.path()),
+            dir,
+            network: Arc::default(),
+            view: Arc::default(),
+            assignment: watch::Sender::new(None),
+            incarnation: watch::Sender::new(1),
+            reports: Arc::default(),
+            tasks: vec![],
+        };
+        world.start_agent();
+        world
+    }
+
+    fn executor(&mut self) -> (Executor, Arc<Outbox>) {
+        self.view = Arc::default();
+        let host = Arc::new(Host {
+            cluster: "c".into(),
+            node: NodeId(1),
+            identity: CertificateAuthority::create("c").unwrap().issue("node-1").unwrap(),
+            underlay: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            hypervisor: self.hypervisor.clone(),
+            network: self.network.clone(),
+            images: ImageStore::open(self.dir.path(), 0).unwrap(),
+            view: self.view.clone(),
+        });
+        self.view.set_node(NodeStatus::default());
+        let outbox = Arc::new(Outbox::default());
+        (Executor::new(host, outbox.clone(), Journal::open(self.dir.path()).unwrap()), outbox)
+    }
+
+    fn start_agent(&mut self) {
+        let (executor, outbox) = self.executor();
+        let (assignments, incarnation) = (self.assignment.subscribe(), self.incarnation.subscribe());
+        let reports = self.reports.clone();
+        self.tasks.push(tokio::spawn(async move { executor.run(assignments, incarnation).await.unwrap() }));
+        self.tasks.push(tokio::spawn(async move {
+            loop {
+                if let FromAgent::VmReports { number, reports: new } = outbox.next().await {
+                    reports.lock().unwrap().extend(new);
+                    outbox.reported(number);
+                }
+            }
+        }));
+    }
+
+    /// As `kill -9`: nothing is said or saved any more; the guests stay.
+    async fn kill_agent(&mut self) {
+        for task in self.tasks.drain(..) {
+            task.abort();
+            let _ = task.await;
+        }
+        self.assignment.send_replace(None);
+        self.reports.lock().unwrap().clear();
+    }
+
+    fn wish(&self, generation: u64, vms: Vec<VmWish>) {
+        self.assignment.send_replace(Some(assignment(generation, vms)));
+    }
+
+    async fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let begun = Instant::now();
+        while !condition(self) {
+            assert!(
+                begun.elapsed() < DEADLINE,
+                "waited in vain for: {what}; reports: {:?}",
+                self.reports.lock().unwrap()
+            );
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn until_reported(&self, epoch: u64, phase: Phase) {
+        self.until(&format!("a report of {phase:?} at epoch {epoch}"), |world| {
+            world.last().is_some_and(|last| (last.epoch, last.phase) == (epoch, phase))
+        })
+        .await;
+    }
+
+    fn last(&self) -> Option<VmReport> {
+        self.reports.lock().unwrap().last().cloned()
+    }
+
+    fn power(&self) -> Option<GuestPower> {
+        self.hypervisor.inner.guests().unwrap().first().map(|guest| guest.power)
+    }
+
+    fn quarantined(&self) -> usize {
+        std::fs::read_dir(self.dir.path().join("quarantine")).unwrap().count()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+fn assignment(generation: u64, vms: Vec<VmWish>) -> Arc<Assignment> {
+    let networks = vms.iter().take(1).map(|_| network()).collect();
+    let (cluster, node) = ("c".to_owned(), NodeId(1));
+    Arc::new(Assignment { cluster, node, incarnation: 1, generation, vms, networks, images: vec![] })
+}
+
+fn network() -> NetworkWish {
+    NetworkWish {
+        network: NetworkId(1),
+        vni: 100,
+        range: "10.0.0.0/24".parse().unwrap(),
+        peers: vec![],
+        leases: vec![],
+    }
+}
+
+fn vm(epoch: u64, power: Power) -> VmWish {
+    let size_bytes = BASE.len() as u64;
+    VmWish {
+        vm: VmId(1),
+        epoch,
+        attempt: 0,
+        power,
+        stop_grace_millis: 300,
+        reboots: 0,
+        tenant: "acme".into(),
+        name: "web".into(),
+        size: Capacity { vcpus: 1, memory_bytes: 1 << 20, disk_bytes: 1 << 20 },
+        image: ImageWish {
+            digest: Digest::of(BASE),
+            format: ImageFormat::Raw,
+            size_bytes,
+            virtual_bytes: size_bytes,
+            sources: vec![],
+        },
+        nics: vec![NicWish {
+            network: NetworkId(1),
+            vni: 100,
+            mac: Mac([2, 84, 0, 0, 0, 1]),
+            ip: Ipv4Addr::new(10, 0, 0, 2),
+        }],
+        ssh_keys: vec![],
+        user_data: String::new(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_lives_its_whole_life_here() {
+    let world = World::new();
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    assert_eq!(world.view.status().map(|status| status.creating), Some(false));
+    world.wish(2, vec![vm(7, Power::Suspended)]);
+    world.until_reported(7, Phase::Suspended).await;
+    world.wish(3, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    world.wish(4, vec![VmWish { reboots: 2, ..vm(7, Power::Running) }]);
+    world.until("the reboot is reported", |world| world.last().is_some_and(|last| last.rebooted == 2)).await;
+    assert_eq!(world.hypervisor.resets.load(Ordering::SeqCst), 1);
+    world.hypervisor.inner.ignore_power_button(VmId(1)).unwrap();
+    world.wish(5, vec![VmWish { reboots: 2, ..vm(7, Power::Stopped) }]);
+    world.until_reported(7, Phase::Stopped).await;
+    world.wish(6, vec![VmWish { reboots: 2, ..vm(7, Power::Running) }]);
+    world.until_reported(7, Phase::Running).await;
+    world.wish(7, vec![vm(7, Power::Absent)]);
+    world.until_reported(7, Phase::Absent).await;
+    world.wish(8, vec![]);
+    let found = || world.network.found(&[]);
+    let begun = Instant::now();
+    while !found().await.unwrap().is_empty() {
+        assert!(begun.elapsed() < DEADLINE, "waited in vain for: the network is removed");
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!((world.power(), world.quarantined()), (None, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_agent_adopts_what_runs_and_obeys_nothing_from_the_past() {
+    let mut world = World::new();
+    world.wish(5, vec![VmWish { reboots: 1, ..vm(7, Power::Running) }]);
+    world.until_reported(7, Phase::Running).await;
+    world.kill_agent().await;
+    world.start_agent();
+    world.until("the guest is seen", |world| world.view.status().is_some_and(|status| status.vms.len() == 1)).await;
+    assert_eq!(world.last(), None, "nothing is said before the quorum has spoken");
+    world.wish(5, vec![VmWish { reboots: 1, ..vm(7, Power::Running) }]);
+    world.until_reported(7, Phase::Running).await;
+    assert_eq!(world.last().map(|last| last.rebooted), Some(1));
+    assert_eq!(world.hypervisor.starts.load(Ordering::SeqCst), 1, "it was started once, by the first agent");
+    assert_eq!(world.hypervisor.resets.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_agent_obeys_nothing_from_the_past_and_nothing_for_others() {
+    let mut world = World::new();
+    world.wish(5, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    world.kill_agent().await;
+    let (mut executor, _) = world.executor();
+    let for_another = Arc::new(Assignment { node: NodeId(2), ..(*assignment(9, vec![])).clone() });
+    let of_another = Arc::new(Assignment { cluster: "d".into(), ..(*assignment(9, vec![])).clone() });
+    let refused = [assignment(4, vec![]), assignment(6, vec![vm(6, Power::Absent)]), for_another, of_another];
+    for new in refused {
+        executor.obey(new).unwrap();
+        assert_eq!(executor.assignment, None);
+    }
+    executor.obey(assignment(5, vec![vm(7, Power::Running)])).unwrap();
+    assert!(executor.assignment.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_placement_is_set_aside_before_the_new_one_is_made() {
+    let world = World::new();
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    world.wish(2, vec![vm(9, Power::Running)]);
+    world.until_reported(9, Phase::Running).await;
+    assert_eq!(world.quarantined(), 1);
+    world.wish(3, vec![]);
+    world.until("a guest that nobody wants is set aside too", |world| world.quarantined() == 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_went_down_by_itself_stays_down_and_one_that_crashed_comes_back() {
+    let world = World::new();
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    world.hypervisor.inner.crash(VmId(1)).unwrap();
+    world
+        .until("the crashed guest was started again", |world| world.hypervisor.starts.load(Ordering::SeqCst) == 2)
+        .await;
+    world.until("it runs", |world| world.power() == Some(GuestPower::Running)).await;
+    world.hypervisor.inner.shut_down_inside(VmId(1)).unwrap();
+    world.until_reported(7, Phase::Stopped).await;
+    assert_eq!(world.last().map(|last| last.retry), Some(false));
+    assert_eq!(world.power(), Some(GuestPower::Off(OffReason::ByGuest)));
+    // The quorum takes it as the owner's will; later the owner wants it back.
+    world.wish(2, vec![vm(7, Power::Stopped)]);
+    world
+        .until("the stop was noted", |world| {
+            let journal = std::fs::read_to_string(world.dir.path().join("journal.json")).unwrap_or_default();
+            journal.contains("\"wished_off\":true")
+        })
+        .await;
+    world.wish(3, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_cannot_be_made_is_reported_and_leaves_nothing() {
+    let world = World::new();
+    world.hypervisor.set(Mood::NoStart);
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Failed).await;
+    let last = world.last().unwrap();
+    assert_eq!((last.reason.as_str(), last.retry), ("start vm-1: no such machine type", false));
+    assert!(!world.dir.path().join("vms/vm-1").exists(), "its disk was removed");
+    world.hypervisor.set(Mood::Good);
+    world.wish(2, vec![VmWish { attempt: 1, ..vm(7, Power::Running) }]);
+    world.until_reported(7, Phase::Running).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_panic_in_a_step_is_a_failure_like_another() {
+    let world = World::new();
+    world.hypervisor.set(Mood::Panics);
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Failed).await;
+    assert!(world.last().is_some_and(|last| last.retry));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_hypervisor_is_down_nothing_is_said_about_guests() {
+    let world = World::new();
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    world.hypervisor.set(Mood::Unreachable);
+    world.wish(2, vec![vm(7, Power::Suspended)]);
+    world.until("the view is empty", |world| world.view.status().is_none()).await;
+    assert_eq!(world.last().map(|last| last.phase), Some(Phase::Running));
+    world.hypervisor.set(Mood::Good);
+    world.until_reported(7, Phase::Suspended).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_that_was_broken_by_hand_is_mended() {
+    let world = World::new();
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    world.network.delete_bridge(100);
+    let wanted = [network()];
+    let begun = Instant::now();
+    while !world.network.found(&wanted).await.unwrap()[0].complete {
+        assert!(begun.elapsed() < DEADLINE, "waited in vain for: the bridge is back");
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_a_new_session_everything_is_told_again() {
+    let world = World::new();
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    world.incarnation.send_replace(2);
+    world.until("it is reported twice", |world| world.reports.lock().unwrap().len() == 2).await;
+}

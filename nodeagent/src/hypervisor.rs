@@ -1,0 +1,140 @@
+//! Machines on this host: the trait, and what both implementations speak of.
+//!
+//! Calls block; the executor runs them on blocking threads. Every call is idempotent: asking for what already is
+//! succeeds. Deliberately not here: deciding anything, retrying, and the difference between wanted and found.
+
+use std::{collections::BTreeSet, path::PathBuf};
+
+use model::{Capacity, HypervisorKind, ImageFormat, Mac, NetworkId, VmId, telemetry::NodeStatus};
+
+pub mod contract;
+pub mod domain_xml;
+pub mod guest_dir;
+#[cfg(feature = "libvirt")]
+pub mod libvirt;
+pub mod seed;
+pub mod simulated;
+
+/// What a guest is made from. Plain data, so that the domain XML is a pure function of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestSpec {
+    /// The cloud's id, written into the domain's metadata.
+    pub cluster: String,
+    pub vm: VmId,
+    /// Log index of the placement, written into the domain's metadata: the fencing token.
+    pub epoch: u64,
+    pub tenant: String,
+    pub hostname: String,
+    pub size: Capacity,
+    /// The verified base image in this host's store, and what it is.
+    pub base: PathBuf,
+    pub base_format: ImageFormat,
+    pub base_virtual_bytes: u64,
+    pub nics: Vec<GuestNic>,
+    pub ssh_keys: Vec<String>,
+    pub user_data: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestNic {
+    pub network: NetworkId,
+    pub mac: Mac,
+    /// The bridge on this host that the tap joins.
+    pub bridge: String,
+    pub mtu: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestPower {
+    Running,
+    Suspended,
+    /// Defined but not running.
+    Off(OffReason),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OffReason {
+    /// The guest shut itself down.
+    ByGuest,
+    /// This agent switched it off, or stopped it by ACPI because it was asked to.
+    ByAgent,
+    /// It crashed, its process was killed, or the host went down under it.
+    Crashed,
+    /// Defined, but not known to have run since it was asked to start: the agent died in between.
+    Unknown,
+}
+
+/// A guest of this cloud that was found on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guest {
+    pub vm: VmId,
+    pub epoch: u64,
+    pub power: GuestPower,
+}
+
+/// Use of one running guest; 0 where the hypervisor does not say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GuestUsage {
+    pub cpu_time_millis: u64,
+    pub memory_used_bytes: u64,
+    pub disk_used_bytes: u64,
+    pub rx_bytes: u64,
+    pub tx_bytes: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum HypervisorError {
+    /// The hypervisor's daemon cannot be reached just now; it says nothing about the guests.
+    #[error("the hypervisor cannot be reached: {0}")]
+    Unreachable(String),
+    /// Trying again, here or elsewhere, may help.
+    #[error("{0}")]
+    Transient(String),
+    /// It will fail the same way each time.
+    #[error("{0}")]
+    Permanent(String),
+}
+
+pub type Result<T> = std::result::Result<T, HypervisorError>;
+
+pub trait Hypervisor: Send + Sync {
+    /// What runs the guests, found by trying.
+    fn kind(&self) -> HypervisorKind;
+    /// CPUs, memory and disk that machines may have on this host.
+    fn capacity(&self) -> Result<Capacity>;
+    /// Use of the host now.
+    fn node_status(&self) -> Result<NodeStatus>;
+    /// Every guest of this cloud on this host, whatever agent made it: those that were started and not removed since.
+    /// A disk that was made and never started is no guest; if it is still there when the agent starts again, it is
+    /// removed, since nothing was ever written to it. Quick, and never waits for a guest.
+    fn guests(&self) -> Result<Vec<Guest>>;
+    /// Use of the running guests. May wait for a guest that is stuck (30 s), so keep it apart from the heartbeat.
+    fn usage(&self) -> Result<Vec<(VmId, GuestUsage)>>;
+    /// Base images that disks here stand on, those set aside included: they must stay.
+    fn bases(&self) -> Result<BTreeSet<PathBuf>>;
+    /// Make the disk (an overlay on the base) and the seed, if they are not there. Refused while a disk of another
+    /// placement is there, unless that is older and was never started: it gives way.
+    fn make_disk(&self, spec: &GuestSpec) -> Result<()>;
+    /// Define it and switch it on. The disk must be there. A guest that is on stays as it is, and one that was asked to
+    /// go off no longer counts as asked. Refused while a guest of another placement is there. A first start that fails
+    /// leaves no guest.
+    fn start(&self, spec: &GuestSpec) -> Result<()>;
+    /// Refused when it is off.
+    fn suspend(&self, vm: VmId) -> Result<()>;
+    /// Refused when it is off.
+    fn resume(&self, vm: VmId) -> Result<()>;
+    /// Press the power button. Returns at once; the guest may take its time, or ignore it (while it boots, for one).
+    /// A suspended guest is resumed first, because it could not hear it.
+    fn press_power(&self, vm: VmId) -> Result<()>;
+    /// Switch it off at once; its disk stays.
+    fn power_off(&self, vm: VmId) -> Result<()>;
+    /// Reset it: the same domain boots again. Refused when it is off.
+    fn reset(&self, vm: VmId) -> Result<()>;
+    /// Switch it off, undefine it, and remove disk and seed.
+    fn remove(&self, vm: VmId) -> Result<()>;
+    /// Switch off and undefine a guest that nobody wants here, and move its disk aside, kept and listed by the host:
+    /// its data may be the only copy. (`guest_dir::GuestDirs::quarantined` lists them.)
+    fn quarantine(&self, vm: VmId) -> Result<()>;
+    /// The end of the serial console's log; empty when there is none.
+    fn console_log(&self, vm: VmId, max_bytes: usize) -> Result<Vec<u8>>;
+}

@@ -1,0 +1,150 @@
+//! A simulated guest as it lies on disk.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use model::VmId;
+use serde::{Deserialize, Serialize};
+
+use super::super::{Guest, GuestSpec, GuestUsage, HypervisorError, OffReason, Result};
+
+/// How busy a simulated guest keeps each of its CPUs: what an idle Linux guest was seen to use.
+pub const BUSY_PERMILLE: u64 = 30;
+
+/// Share of its memory that it uses, in percent.
+const MEMORY_PERCENT: u64 = 60;
+
+/// What its disk takes on the host, at most: an overlay into which little was written.
+const DISK_BYTES: u64 = 64 << 20;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SimGuest {
+    pub vm: VmId,
+    pub epoch: u64,
+    pub hostname: String,
+    pub base: PathBuf,
+    pub vcpus: u64,
+    pub memory_bytes: u64,
+    pub disk_bytes: u64,
+    pub power: Power,
+    /// Since when it has been on, on this machine's monotonic clock.
+    pub on_since_nanos: u64,
+    /// It heard the power button and will be off then.
+    pub off_at_nanos: Option<u64>,
+    pub ignores_button: bool,
+    /// The start of the machine under which it runs: after another one, nothing of before runs on.
+    pub boot: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Power {
+    /// It has a disk, and was never started.
+    Made,
+    On,
+    Suspended,
+    Off(Why),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Why {
+    ByGuest,
+    ByAgent,
+    Crashed,
+    Unknown,
+}
+
+impl SimGuest {
+    pub fn new(spec: &GuestSpec) -> Self {
+        Self {
+            vm: spec.vm,
+            epoch: spec.epoch,
+            hostname: spec.hostname.clone(),
+            base: spec.base.clone(),
+            vcpus: spec.size.vcpus,
+            memory_bytes: spec.size.memory_bytes,
+            disk_bytes: spec.size.disk_bytes,
+            power: Power::Made,
+            on_since_nanos: 0,
+            off_at_nanos: None,
+            ignores_button: false,
+            boot: boot_id(),
+        }
+    }
+
+    pub fn is_on(&self) -> bool {
+        matches!(self.power, Power::On | Power::Suspended)
+    }
+
+    /// Size and name may have changed since the last time.
+    pub fn switch_on(&mut self, spec: &GuestSpec, now_nanos: u64) {
+        let ignores_button = self.ignores_button;
+        *self = Self { power: Power::On, on_since_nanos: now_nanos, ignores_button, ..Self::new(spec) };
+    }
+
+    /// A disk that was never started is no guest.
+    pub fn listed(&self) -> Option<Guest> {
+        let (vm, epoch) = (self.vm, self.epoch);
+        (self.power != Power::Made).then(|| Guest { vm, epoch, power: self.clone().into() })
+    }
+
+    /// A disk that an older placement made and never started: nothing was written to it.
+    pub fn gives_way_to(&self, spec: &GuestSpec) -> bool {
+        self.epoch < spec.epoch && self.power == Power::Made
+    }
+
+    pub fn same_placement(&self, spec: &GuestSpec) -> Result<()> {
+        if self.epoch == spec.epoch {
+            return Ok(());
+        }
+        let (vm, here, asked) = (self.vm, self.epoch, spec.epoch);
+        Err(HypervisorError::Transient(format!("{vm} is here under placement {here}, not {asked}")))
+    }
+
+    pub fn usage(&self, now_nanos: u64) -> GuestUsage {
+        let disk_used_bytes = DISK_BYTES.min(self.disk_bytes);
+        if !self.is_on() {
+            return GuestUsage { disk_used_bytes, ..GuestUsage::default() };
+        }
+        let on_millis = now_nanos.saturating_sub(self.on_since_nanos) / 1_000_000;
+        GuestUsage {
+            cpu_time_millis: on_millis * self.vcpus * BUSY_PERMILLE / 1000,
+            memory_used_bytes: self.memory_bytes / 100 * MEMORY_PERCENT,
+            disk_used_bytes,
+            rx_bytes: 0,
+            tx_bytes: 0,
+        }
+    }
+}
+
+/// The record in a folder of any kind; `None` when there is none that can be read.
+pub fn read_kept(dir: &Path) -> Option<SimGuest> {
+    serde_json::from_slice(&fs::read(dir.join("guest.json")).ok()?).ok()
+}
+
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into()
+}
+
+impl From<OffReason> for Why {
+    fn from(reason: OffReason) -> Self {
+        match reason {
+            OffReason::ByGuest => Self::ByGuest,
+            OffReason::ByAgent => Self::ByAgent,
+            OffReason::Crashed => Self::Crashed,
+            OffReason::Unknown => Self::Unknown,
+        }
+    }
+}
+
+impl From<Why> for OffReason {
+    fn from(why: Why) -> Self {
+        match why {
+            Why::ByGuest => Self::ByGuest,
+            Why::ByAgent => Self::ByAgent,
+            Why::Crashed => Self::Crashed,
+            Why::Unknown => Self::Unknown,
+        }
+    }
+}

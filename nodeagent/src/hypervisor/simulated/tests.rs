@@ -1,0 +1,121 @@
+//! The contract, and what only the simulation does: failures by seed, a control file, an effect log.
+
+use std::fs;
+
+use model::ImageFormat;
+
+use super::*;
+use crate::hypervisor::contract::{Subject, run};
+
+fn config(dir: &std::path::Path) -> SimulatedConfig {
+    SimulatedConfig {
+        dir: dir.into(),
+        cluster: "demo".into(),
+        host: "node-1".into(),
+        capacity: Capacity { vcpus: 4, memory_bytes: 8 << 30, disk_bytes: 100 << 30 },
+        delay_permille: 0,
+        failure_permille: 0,
+        seed: 7,
+        effects: Some(dir.join("effects")),
+    }
+}
+
+fn spec(vm: u64) -> GuestSpec {
+    GuestSpec {
+        cluster: "demo".into(),
+        vm: VmId(vm),
+        epoch: 10,
+        tenant: "acme".into(),
+        hostname: "web-1".into(),
+        size: Capacity { vcpus: 1, memory_bytes: 96 << 20, disk_bytes: 1 << 30 },
+        base: "/images/base".into(),
+        base_format: ImageFormat::Qcow2,
+        base_virtual_bytes: 45 << 20,
+        nics: vec![],
+        ssh_keys: vec![],
+        user_data: String::new(),
+    }
+}
+
+#[test]
+fn the_simulation_keeps_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || Simulated::open(config(dir.path())).unwrap();
+    let control = |what: &str, vm: VmId| {
+        let part = dir.path().join("part");
+        fs::write(&part, format!("{{\"{what}\": [\"{vm}\"]}}")).unwrap();
+        fs::rename(part, dir.path().join(Control::FILE)).unwrap();
+    };
+    run(&Subject {
+        open: &|| Box::new(open()),
+        spec: spec(17),
+        dir: dir.path().into(),
+        crash: &|vm| control("crash", vm),
+        shut_down_inside: Some(&|vm| control("shut_down", vm)),
+        hears_power_button: true,
+    });
+    let effects = fs::read_to_string(dir.path().join("effects")).unwrap();
+    let first: serde_json::Value = serde_json::from_str(effects.lines().next().unwrap()).unwrap();
+    assert_eq!((&first["host"], &first["vm"], &first["epoch"]), (&"node-1".into(), &"vm-17".into(), &10.into()));
+    let kinds: Vec<_> = ["start", "suspend", "resume", "stop", "remove"].into_iter().collect();
+    for kind in kinds {
+        assert!(effects.contains(&format!("\"effect\":\"{kind}\"")), "no {kind} in {effects}");
+    }
+}
+
+#[test]
+fn a_guest_may_ignore_its_button_and_a_power_failure_ends_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let h = Simulated::open(config(dir.path())).unwrap();
+    for vm in [1, 2] {
+        h.make_disk(&spec(vm)).unwrap();
+        h.start(&spec(vm)).unwrap();
+    }
+    h.ignore_power_button(VmId(1)).unwrap();
+    h.press_power(VmId(1)).unwrap();
+    h.press_power(VmId(2)).unwrap();
+    let powers = |h: &Simulated| h.guests().unwrap().iter().map(|g| g.power).collect::<Vec<_>>();
+    assert_eq!(powers(&h), [GuestPower::Running, GuestPower::Off(OffReason::ByAgent)]);
+    fs::write(dir.path().join(Control::FILE), "{\"power_failure\": true}").unwrap();
+    assert_eq!(powers(&h), [GuestPower::Off(OffReason::Crashed), GuestPower::Off(OffReason::ByAgent)]);
+    fs::write(dir.path().join(Control::FILE), "{\"crash\": [\"everything\"]}").unwrap();
+    assert_eq!(h.guests().unwrap().len(), 2, "nonsense is dropped");
+    assert!(!dir.path().join(Control::FILE).exists());
+}
+
+#[test]
+fn guests_of_an_earlier_boot_of_the_machine_are_dead() {
+    let dir = tempfile::tempdir().unwrap();
+    let h = Simulated::open(config(dir.path())).unwrap();
+    h.make_disk(&spec(1)).unwrap();
+    h.start(&spec(1)).unwrap();
+    h.change(VmId(1), |guest| guest.boot = "another".into()).unwrap();
+    let found = Simulated::open(config(dir.path())).unwrap().guests().unwrap();
+    assert_eq!(found[0].power, GuestPower::Off(OffReason::Crashed));
+}
+
+#[test]
+fn failures_come_as_often_as_asked_and_the_seed_decides_which() {
+    let failures = |seed| {
+        let dir = tempfile::tempdir().unwrap();
+        let config = SimulatedConfig { failure_permille: 300, seed, effects: None, ..config(dir.path()) };
+        let h = Simulated::open(config).unwrap();
+        (0..200).map(|vm| h.make_disk(&spec(vm)).is_err()).collect::<Vec<_>>()
+    };
+    assert_eq!(failures(1), failures(1));
+    assert_ne!(failures(1), failures(2));
+    let count = failures(1).iter().filter(|failed| **failed).count();
+    assert!((30..90).contains(&count), "{count} of 200 at 30 %");
+}
+
+#[test]
+fn whatever_it_backs_says_simulated() {
+    let dir = tempfile::tempdir().unwrap();
+    let h = Simulated::open(config(dir.path())).unwrap();
+    h.make_disk(&spec(1)).unwrap();
+    assert_eq!(h.kind(), HypervisorKind::Simulated);
+    assert!(String::from_utf8(h.console_log(VmId(1), 1000).unwrap()).unwrap().contains("simulated"));
+    assert_eq!(h.console_log(VmId(1), 3).unwrap().len(), 3);
+    let status = h.node_status().unwrap();
+    assert_eq!((status.cpu_permille, status.memory_total_bytes), (0, 8 << 30));
+}

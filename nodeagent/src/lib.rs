@@ -1,0 +1,23 @@
+//! A host's side of the cloud: it hears what the host should be, looks at what it is, and closes the difference.
+//!
+//! Reading order: `agent` (everything together), `membership` (who the host is), `session` and `beat` (its mouth and
+//! ears), `outbox` and `view` (what they tell), `executor` (carries out the steps that `model::steps` decided),
+//! `journal` (what survives it), `data` and `images` (bytes in and out), `summary`, `clock`, `durable`. `hypervisor`
+//! and `network` are the host's world, each with a real and a simulated implementation behind one trait.
+
+pub mod agent;
+pub mod membership;
+pub mod session;
+pub mod beat;
+pub mod outbox;
+pub mod view;
+pub mod executor;
+pub mod journal;
+pub mod host;
+pub mod data;
+pub mod images;
+pub mod summary;
+pub mod clock;
+pub mod durable;
+pub mod hypervisor;
+pub mod network;

@@ -1,0 +1,91 @@
+//! What the parts of a replica share.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+    time::{Duration, Instant},
+};
+
+use model::ControllerId;
+use openraft::async_runtime::WatchReceiver;
+use storage::failure::OnFailure;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+
+use crate::{
+    error::ReadError,
+    machine::Machine,
+    peer::{CallError, Peers},
+    propose::Forward,
+    replica::Timing,
+    status::Leadership,
+    types::Raft,
+    wire::{Answer, Call},
+};
+
+pub struct Core {
+    pub id: u64,
+    pub timing: Timing,
+    pub raft: Raft,
+    pub machine: Machine,
+    pub peers: Peers,
+    pub on_failure: OnFailure,
+    pub leadership: watch::Sender<Leadership>,
+    /// Who waits for the next read-index round.
+    pub reads: mpsc::Sender<oneshot::Sender<Result<u64, ReadError>>>,
+    /// What goes to the leader.
+    pub forwards: mpsc::Sender<Forward>,
+    pub in_flight: Semaphore,
+    /// The last time that was stamped into an entry.
+    pub stamped: AtomicU64,
+    /// When this replica last heard from a leader that it follows.
+    pub contact: Mutex<Option<Instant>>,
+    pub stopping: watch::Sender<bool>,
+}
+
+/// How often a caller looks again for a leader that it could not reach: a fraction of an election.
+const PAUSE: Duration = Duration::from_millis(25);
+
+impl Core {
+    pub fn leadership(&self) -> Leadership {
+        *self.leadership.borrow()
+    }
+
+    pub fn stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
+    /// Every member and its address.
+    pub fn members(&self) -> BTreeMap<u64, String> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().nodes().map(|(id, node)| (*id, node.addr.clone())).collect()
+    }
+
+    /// Calls another member at the address that the membership has for it.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn call(&self, id: ControllerId, call: &Call, deadline: Duration) -> Result<Answer, CallError> {
+        match self.members().get(&id.0) {
+            Some(address) => self.peers.call(id.0, address, call, deadline).await,
+            None => Err(CallError::NotSent(tonic::Status::not_found("it is not a member"))),
+        }
+    }
+
+    /// Waits until the leader is another one than it was in `seen`, or for a short time.
+    pub async fn pause(&self, seen: Leadership) {
+        let mut leadership = self.leadership.subscribe();
+        let changed = leadership.wait_for(|now| (now.leader, now.term) != (seen.leader, seen.term));
+        drop(tokio::time::timeout(PAUSE, changed).await);
+    }
+
+    pub fn heard_from_leader(&self) {
+        *self.contact.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    pub fn last_contact(&self) -> Option<Instant> {
+        *self.contact.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub type SharedCore = Arc<Core>;

@@ -1,0 +1,117 @@
+//! The Raft log as openraft wants it, on the one that storage keeps.
+
+use std::{
+    fmt::Debug,
+    io,
+    ops::{Bound, RangeBounds},
+};
+
+use openraft::{
+    OptionalSend,
+    storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage},
+};
+use storage::{log::Log, record::Record, state::StateStore};
+
+use crate::types::{self, Entry, LogId, TypeConfig, Vote};
+
+/// Read and sent to a follower at a time: well under a message's limit, and enough to fill a fast link.
+const MAX_READ_BYTES: usize = 2 << 20;
+
+/// The state tables are here because they say how far the log may be purged.
+#[derive(Clone)]
+pub struct LogAdapter {
+    log: Log,
+    tables: StateStore,
+}
+
+impl LogAdapter {
+    pub fn new(log: Log, tables: StateStore) -> Self {
+        Self { log, tables }
+    }
+
+    async fn synced(receiver: tokio::sync::oneshot::Receiver<io::Result<()>>) -> io::Result<()> {
+        receiver.await.unwrap_or_else(|_| Err(io::Error::other("the log's writer has stopped")))
+    }
+}
+
+impl RaftLogReader<TypeConfig> for LogAdapter {
+    async fn try_get_log_entries<R>(&mut self, range: R) -> Result<Vec<Entry>, io::Error>
+    where
+        R: RangeBounds<u64> + Clone + Debug + OptionalSend,
+    {
+        let start = match range.start_bound() {
+            Bound::Included(index) => *index,
+            Bound::Excluded(index) => index.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match range.end_bound() {
+            Bound::Included(index) => index.saturating_add(1),
+            Bound::Excluded(index) => *index,
+            Bound::Unbounded => u64::MAX,
+        };
+        entries(self.log.read(start..end.max(start), usize::MAX).map_err(io::Error::other)?)
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+        entries(self.log.read(start..end.max(start), MAX_READ_BYTES).map_err(io::Error::other)?)
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
+        Ok(self.log.vote().map_err(io::Error::other)?.map(types::from_stored_vote))
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogAdapter {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
+        let last_purged_log_id = self.log.purged().map_err(io::Error::other)?.map(types::log_id);
+        let last_log_id = self.log.last().map_err(io::Error::other)?.map(types::log_id);
+        Ok(LogState { last_purged_log_id, last_log_id })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        let (done, receiver) = tokio::sync::oneshot::channel();
+        let done = Box::new(move |result: Result<(), _>| drop(done.send(result.map_err(io::Error::other))));
+        self.log.save_vote(&types::to_stored_vote(vote), done).map_err(io::Error::other)?;
+        Self::synced(receiver).await
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
+        self.log.save_committed(committed.as_ref().map(types::position)).map_err(io::Error::other)
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
+        Ok(self.log.committed().map_err(io::Error::other)?.map(types::log_id))
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let records = entries.into_iter().map(|entry| types::encode(&entry));
+        let done = Box::new(move |result: Result<(), _>| callback.io_completed(result.map_err(io::Error::other)));
+        self.log.append(records, done).map_err(io::Error::other)
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        self.log.truncate_from(last.map_or(0, |id| id.index + 1)).map_err(io::Error::other)
+    }
+
+    async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
+        let (log, tables, upto) = (self.log.clone(), self.tables.clone(), types::position(&upto));
+        // A flush may be needed, and it waits for the disk.
+        let purge = move || log.purge(upto, tables.flush_to(upto.index)?);
+        tokio::task::spawn_blocking(purge).await.map_err(io::Error::other)?.map_err(io::Error::other)
+    }
+}
+
+fn entries(records: Vec<Record>) -> Result<Vec<Entry>, io::Error> {
+    let damaged = || io::Error::other("a membership in the log is damaged");
+    records.into_iter().map(|record| types::from_record(record).ok_or_else(damaged)).collect()
+}

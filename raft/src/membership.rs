@@ -1,0 +1,259 @@
+//! Who is in the quorum: joining, voting, leaving, handing leadership over. Done by the leader; asked of anybody.
+//!
+//! ```text
+//!  add_learner ──► learner, catching up ──► promote ──► voter ──► remove ──► gone for ever (a new id comes back)
+//! ```
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use model::ControllerId;
+use openraft::{
+    BasicNode, ChangeMembers, Instant as _, ServerState,
+    async_runtime::WatchReceiver,
+    errors::{ClientWriteError, RaftError},
+};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use crate::{
+    core::Core,
+    error::MembershipError,
+    peer::CallError,
+    types::TypeConfig,
+    wire::{Answer, Call},
+};
+
+/// A learner that has not caught up by then goes on catching up; the operator asks again.
+const CATCH_UP_DEADLINE: Duration = Duration::from_secs(60);
+/// One change is one or two entries; longer means that the quorum is gone.
+const CHANGE_DEADLINE: Duration = Duration::from_secs(10);
+/// Handing over takes an election without its timeouts.
+const TRANSFER_DEADLINE: Duration = Duration::from_secs(5);
+/// A learner this close to the end of the log has caught up: replication brings the rest.
+const CAUGHT_UP_ENTRIES: u64 = 100;
+/// How often progress is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// What is to change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Change {
+    AddLearner { id: ControllerId, address: String },
+    Promote { id: ControllerId },
+    Remove { id: ControllerId },
+    Transfer { to: ControllerId },
+}
+
+impl Change {
+    fn deadline(&self) -> Duration {
+        match self {
+            Self::AddLearner { .. } => CHANGE_DEADLINE + CATCH_UP_DEADLINE,
+            Self::Promote { .. } | Self::Remove { .. } => CHANGE_DEADLINE,
+            Self::Transfer { .. } => TRANSFER_DEADLINE,
+        }
+    }
+}
+
+impl Core {
+    /// Has the leader, whoever it is, make the change.
+    ///
+    /// # Errors
+    /// See [`MembershipError`].
+    pub async fn change(&self, change: Change) -> Result<(), MembershipError> {
+        let deadline = Instant::now() + change.deadline();
+        loop {
+            if self.stopping() {
+                return Err(MembershipError::Stopped);
+            }
+            let seen = self.leadership();
+            let result = match seen.leader {
+                None => Err(MembershipError::NoQuorum),
+                // A leader that leaves hands over first, and its successor removes it.
+                Some(leader) if leader.0 == self.id && change == (Change::Remove { id: leader }) => {
+                    match self.hand_over().await {
+                        Ok(()) => Err(MembershipError::NoQuorum),
+                        Err(error) => return Err(error),
+                    }
+                }
+                Some(leader) if leader.0 == self.id => self.change_as_leader(change.clone()).await,
+                Some(leader) => {
+                    let wait = deadline.saturating_duration_since(Instant::now());
+                    match self.call(leader, &Call::Change(change.clone()), wait).await {
+                        Ok(Answer::Change(result)) => result,
+                        Err(CallError::NotSent(_)) => Err(MembershipError::NoQuorum),
+                        Ok(_) | Err(CallError::Unclear(_)) => return Err(MembershipError::Unknown),
+                    }
+                }
+            };
+            if result != Err(MembershipError::NoQuorum) || Instant::now() >= deadline {
+                return result;
+            }
+            self.pause(seen).await;
+        }
+    }
+
+    /// As the leader, or `NoQuorum`.
+    ///
+    /// # Errors
+    /// See [`MembershipError`].
+    pub async fn change_as_leader(&self, change: Change) -> Result<(), MembershipError> {
+        match change {
+            Change::AddLearner { id, address } => self.add_learner(id, address).await,
+            Change::Promote { id } => self.promote(id).await,
+            Change::Remove { id } if id.0 == self.id => {
+                // The caller asks again, and then asks the successor.
+                self.hand_over().await?;
+                Err(MembershipError::NoQuorum)
+            }
+            Change::Remove { id } => self.remove(id).await,
+            Change::Transfer { to } => self.transfer(to).await,
+        }
+    }
+
+    async fn add_learner(&self, id: ControllerId, address: String) -> Result<(), MembershipError> {
+        match self.members().get(&id.0) {
+            Some(known) if *known == address => {}
+            Some(known) => {
+                return Err(MembershipError::Refused(format!("{id} is a member already, at {known}")));
+            }
+            None => {
+                let nodes = BTreeMap::from([(id.0, BasicNode { addr: address })]);
+                self.commit(ChangeMembers::AddNodes(nodes)).await?;
+            }
+        }
+        self.wait_until_caught_up(id).await
+    }
+
+    async fn promote(&self, id: ControllerId) -> Result<(), MembershipError> {
+        if !self.members().contains_key(&id.0) {
+            return Err(MembershipError::NotFound(id));
+        }
+        if self.voters().contains(&id.0) {
+            return Ok(());
+        }
+        self.wait_until_caught_up(id).await?;
+        self.commit(ChangeMembers::AddVoterIds([id.0].into())).await
+    }
+
+    async fn remove(&self, id: ControllerId) -> Result<(), MembershipError> {
+        if !self.members().contains_key(&id.0) {
+            return Err(MembershipError::NotFound(id));
+        }
+        let voters = self.voters();
+        if !voters.contains(&id.0) {
+            return self.commit(ChangeMembers::RemoveNodes([id.0].into())).await;
+        }
+        let rest: BTreeSet<u64> = voters.into_iter().filter(|voter| *voter != id.0).collect();
+        let reachable = rest.iter().filter(|voter| self.reachable(**voter)).count();
+        if reachable <= rest.len() / 2 {
+            return Err(MembershipError::Refused(format!(
+                "without {id} only {reachable} of {} voters could be reached, which is no majority",
+                rest.len()
+            )));
+        }
+        self.commit(ChangeMembers::RemoveVoters([id.0].into())).await
+    }
+
+    async fn transfer(&self, to: ControllerId) -> Result<(), MembershipError> {
+        if !self.voters().contains(&to.0) {
+            return Err(MembershipError::NotFound(to));
+        }
+        if !self.leadership_is_mine() {
+            return Err(MembershipError::NoQuorum);
+        }
+        if to.0 == self.id {
+            return Ok(());
+        }
+        let deadline = Instant::now() + TRANSFER_DEADLINE;
+        while Instant::now() < deadline {
+            self.raft.trigger().transfer_leader(to.0).await.map_err(|_| MembershipError::Stopped)?;
+            // An attempt is lost when the receiver has not yet written the last entry; the next one finds it written.
+            let attempt = Instant::now() + Duration::from_millis(self.timing.election_max_millis);
+            while Instant::now() < attempt {
+                if self.raft.current_leader().await == Some(to.0) {
+                    return Ok(());
+                }
+                tokio::time::sleep(LOOK_INTERVAL).await;
+            }
+        }
+        Err(MembershipError::Timeout(format!("{to} did not take over")))
+    }
+
+    /// Hands leadership to the voter that has the most of the log and was heard lately.
+    ///
+    /// # Errors
+    /// See [`MembershipError`].
+    pub async fn hand_over(&self) -> Result<(), MembershipError> {
+        let matched = self.matched();
+        let best = self.voters().into_iter().filter(|id| *id != self.id && self.reachable(*id));
+        let Some(best) = best.max_by_key(|id| matched.get(id).copied()) else {
+            return Err(MembershipError::Refused("no other voter can be reached".into()));
+        };
+        self.transfer(ControllerId(best)).await
+    }
+
+    pub fn leadership_is_mine(&self) -> bool {
+        self.raft.server_metrics().borrow_watched().state == ServerState::Leader
+    }
+
+    pub fn voters(&self) -> BTreeSet<u64> {
+        self.raft.server_metrics().borrow_watched().membership_config.voter_ids().collect()
+    }
+
+    /// As the leader: how far each member's log is known to agree with this one.
+    pub fn matched(&self) -> BTreeMap<u64, u64> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let replication = metrics.replication.iter().flatten();
+        replication.filter_map(|(id, at)| at.as_ref().map(|at| (*id, at.index))).collect()
+    }
+
+    /// As the leader: whether it answered within the last elections' time. This replica always did.
+    pub fn reachable(&self, id: u64) -> bool {
+        if id == self.id {
+            return true;
+        }
+        let lately = Duration::from_millis(2 * self.timing.election_max_millis);
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let heard = metrics.heartbeat.as_ref().and_then(|all| all.get(&id).copied().flatten());
+        heard.is_some_and(|at| at.elapsed() <= lately)
+    }
+
+    async fn wait_until_caught_up(&self, id: ControllerId) -> Result<(), MembershipError> {
+        let deadline = Instant::now() + CATCH_UP_DEADLINE;
+        loop {
+            if !self.leadership_is_mine() {
+                return Err(MembershipError::NoQuorum);
+            }
+            let last = self.raft.metrics().borrow_watched().last_log_index.unwrap_or(0);
+            match self.matched().get(&id.0) {
+                Some(matched) if matched + CAUGHT_UP_ENTRIES >= last => return Ok(()),
+                _ if Instant::now() >= deadline => {
+                    return Err(MembershipError::Timeout(format!("{id} has not caught up yet")));
+                }
+                _ => tokio::time::sleep(LOOK_INTERVAL).await,
+            }
+        }
+    }
+
+    async fn commit(&self, change: ChangeMembers<u64, BasicNode>) -> Result<(), MembershipError> {
+        let write = self.raft.change_membership(change, false);
+        match tokio::time::timeout(CHANGE_DEADLINE, write).await {
+            Err(_) => Err(MembershipError::Unknown),
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(refused(error)),
+        }
+    }
+}
+
+fn refused(error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> MembershipError {
+    match error {
+        RaftError::APIError(ClientWriteError::ForwardToLeader(_)) => MembershipError::NoQuorum,
+        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => MembershipError::Unknown,
+        RaftError::APIError(other) => MembershipError::Refused(other.to_string()),
+        RaftError::Fatal(_) => MembershipError::Stopped,
+    }
+}

@@ -1,0 +1,373 @@
+//! The replica: opened, run, asked, stopped.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::AtomicU64,
+    },
+    time::Duration,
+};
+
+use model::{Command, ControllerId, State};
+use openraft::{BasicNode, Config, Instant as _, SnapshotPolicy, async_runtime::WatchReceiver, errors::RaftError};
+use storage::{
+    failure::{self, OnFailure},
+    log::Log,
+    snapshot::SnapshotStore,
+    state::StateStore,
+};
+use tokio::{
+    sync::{Semaphore, mpsc, watch},
+    task::JoinHandle,
+};
+
+use crate::{
+    core::{Core, SharedCore},
+    error::{MembershipError, OpenError, ProposeError, ReadError},
+    linear::{self, READ_QUEUE},
+    log::LogAdapter,
+    machine::Machine,
+    membership::Change,
+    peer::Peers,
+    propose::{self, Committed, FORWARD_QUEUE, IN_FLIGHT_UNITS, Proposal},
+    serve::{self, PeerService},
+    status::{Leadership, QuorumStatus},
+    types::Raft,
+    watcher,
+};
+
+/// How a founder waits for its own election, and how long a stopping leader tries to hand over.
+const FOUND_DEADLINE: Duration = Duration::from_secs(10);
+const HAND_OVER_DEADLINE: Duration = Duration::from_secs(2);
+/// A snapshot is verified and loaded within this by the receiver, after its last byte.
+const INSTALL_MILLIS: u64 = 600_000;
+/// Entries in one replicated batch; its bytes are bounded where the log is read.
+const MAX_BATCH_ENTRIES: u64 = 1024;
+
+pub struct ReplicaConfig {
+    pub id: ControllerId,
+    /// `raft-log`, `state-N`, `CURRENT` and `snapshots` are made in it.
+    pub data: PathBuf,
+    pub tls: PeerTls,
+    pub timing: Timing,
+    /// Entries between two snapshots, and the entries kept behind one for members that were away for a while.
+    pub snapshot_every: u64,
+}
+
+/// This controller's certificate, whose name must be `controller-N` of its id, and the authority that signed it.
+#[derive(Clone)]
+pub struct PeerTls {
+    pub ca_pem: String,
+    pub certificate_pem: String,
+    pub key_pem: String,
+}
+
+impl From<api::tls::Identity> for PeerTls {
+    fn from(identity: api::tls::Identity) -> Self {
+        Self { ca_pem: identity.ca_pem, certificate_pem: identity.cert_pem, key_pem: identity.key_pem }
+    }
+}
+
+impl ReplicaConfig {
+    /// A restart replays at most about this many entries: well below a second of work.
+    pub const SNAPSHOT_EVERY: u64 = 10_000;
+}
+
+/// How soon silence is an election. After a leader's death writes stop for about `election_max` plus a random time
+/// between `election_min` and `election_max`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    pub heartbeat_millis: u64,
+    pub election_min_millis: u64,
+    pub election_max_millis: u64,
+}
+
+impl Timing {
+    /// Machines of their own whose disks sync within 15 ms at 99.9 %.
+    pub const LAN: Self = Self { heartbeat_millis: 50, election_min_millis: 150, election_max_millis: 300 };
+    /// Shared machines, slow disks.
+    pub const NOISY: Self = Self { heartbeat_millis: 150, election_min_millis: 500, election_max_millis: 1000 };
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self::NOISY
+    }
+}
+
+/// One member of the quorum. Cheap to clone; stops when [`Self::shutdown`] is called or the last clone is dropped.
+#[derive(Clone)]
+pub struct Replica {
+    core: SharedCore,
+    tasks: Arc<Tasks>,
+}
+
+/// The replica's own loops.
+struct Tasks(Mutex<Vec<JoinHandle<()>>>);
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Tasks {
+    fn stop(&self) -> Vec<JoinHandle<()>> {
+        let tasks: Vec<_> = self.0.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect();
+        tasks.iter().for_each(JoinHandle::abort);
+        tasks
+    }
+}
+
+impl Replica {
+    /// Opens what is on disk, replays what was not flushed, and takes part again. A failing disk ends the process.
+    ///
+    /// # Errors
+    /// When the directory is damaged or in use, or the configuration is not sound.
+    pub async fn open(config: ReplicaConfig) -> Result<Self, OpenError> {
+        Self::open_with(config, failure::abort()).await
+    }
+
+    /// As [`Self::open`], with another answer to a failing disk.
+    pub(crate) async fn open_with(config: ReplicaConfig, on_failure: OnFailure) -> Result<Self, OpenError> {
+        let settings = settings(&config)?;
+        let peers = Peers::new(api::tls::client_tls(&checked_identity(&config)?));
+        let (data, failed) = (config.data.clone(), on_failure.clone());
+        let opened = tokio::task::spawn_blocking(move || open_storage(&data, &failed)).await;
+        let (log, tables, machine) = opened.map_err(|e| OpenError::Start(e.to_string()))??;
+        let log = LogAdapter::new(log, tables);
+        let id = config.id.0;
+        let raft = Raft::new(id, Arc::new(settings), peers.clone(), log, machine.clone()).await;
+        let raft = raft.map_err(|e| OpenError::Start(e.to_string()))?;
+        let (reads, readers) = mpsc::channel(READ_QUEUE);
+        let (forwards, queue) = mpsc::channel(FORWARD_QUEUE);
+        let core = Arc::new(Core {
+            id,
+            timing: config.timing,
+            raft,
+            machine,
+            peers,
+            on_failure,
+            leadership: watch::Sender::default(),
+            reads,
+            forwards,
+            in_flight: Semaphore::new(IN_FLIGHT_UNITS),
+            stamped: AtomicU64::new(0),
+            contact: Mutex::new(None),
+            stopping: watch::Sender::new(false),
+        });
+        let tasks = vec![
+            tokio::spawn(linear::round_loop(core.clone(), readers)),
+            tokio::spawn(propose::forward_loop(core.clone(), queue)),
+            tokio::spawn(watcher::leadership_loop(core.clone())),
+            tokio::spawn(watcher::failure_loop(core.clone())),
+            tokio::spawn(watcher::compare_loop(core.clone())),
+        ];
+        Ok(Self { core, tasks: Arc::new(Tasks(Mutex::new(tasks))) })
+    }
+
+    /// What peers call; to be added to the controller's server.
+    pub fn service(&self) -> PeerService {
+        serve::service(self.core.clone())
+    }
+
+    pub fn id(&self) -> ControllerId {
+        ControllerId(self.core.id)
+    }
+
+    /// False until it was founded or a leader has added it.
+    pub async fn is_initialized(&self) -> bool {
+        self.core.raft.is_initialized().await.unwrap_or(false)
+    }
+
+    /// Founds a quorum of this one member, which others reach at `address`. Returns when it leads.
+    ///
+    /// # Errors
+    /// When it is in a quorum already, or does not come to lead.
+    pub async fn initialize(&self, address: &str) -> Result<(), MembershipError> {
+        let members = BTreeMap::from([(self.core.id, BasicNode { addr: address.into() })]);
+        self.core.raft.initialize(members).await.map_err(|error| match error {
+            RaftError::APIError(error) => MembershipError::Refused(error.to_string()),
+            RaftError::Fatal(_) => MembershipError::Stopped,
+        })?;
+        let mut leadership = self.core.leadership.subscribe();
+        let leads = tokio::time::timeout(FOUND_DEADLINE, leadership.wait_for(|now| now.leading)).await;
+        match leads {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(MembershipError::Stopped),
+            Err(_) => Err(MembershipError::Timeout("the founder does not lead yet".into())),
+        }
+    }
+
+    /// Has the leader append it; returns when it was applied there. Any replica may be asked. With a request id it is
+    /// tried again, through elections, for `propose::PROPOSE_DEADLINE`.
+    ///
+    /// # Errors
+    /// See [`ProposeError`]: all but `Unknown` mean that nothing was proposed.
+    pub async fn propose(&self, proposal: Proposal) -> Result<Committed, ProposeError> {
+        self.core.propose(proposal).await
+    }
+
+    /// For planners: appended only if this replica still leads the term in which they planned.
+    ///
+    /// # Errors
+    /// As [`Self::propose`]; `NotLeader` when the term is over or the quorum is lost.
+    pub async fn propose_as_leader(&self, term: u64, command: Command) -> Result<Committed, ProposeError> {
+        self.core.propose_as_leader(term, command).await
+    }
+
+    /// After this, [`Self::read`] sees everything that was acknowledged before it was called. Returns the index.
+    ///
+    /// # Errors
+    /// See [`ReadError`].
+    pub async fn linearize(&self) -> Result<u64, ReadError> {
+        self.core.linearize().await
+    }
+
+    /// Looks at this replica's state, which may be old: see [`Self::linearize`] and [`Self::stale_age`]. Applying
+    /// waits meanwhile, so `f` should be short.
+    pub fn read<T>(&self, f: impl FnOnce(&State) -> T) -> T {
+        self.core.machine.read(|state, _| f(state))
+    }
+
+    /// As [`Self::read`], with the applied index that the state is of.
+    pub fn read_indexed<T>(&self, f: impl FnOnce(&State, u64) -> T) -> T {
+        self.core.machine.read(f)
+    }
+
+    /// How long ago a quorum confirmed this leader, or this follower heard from a leader. `None`: never.
+    pub fn stale_age(&self) -> Option<Duration> {
+        if self.core.leadership_is_mine() {
+            let metrics = self.core.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            return metrics.last_quorum_acked.map(|at| at.elapsed());
+        }
+        self.core.last_contact().map(|at| at.elapsed())
+    }
+
+    pub fn is_leader(&self) -> bool {
+        self.core.leadership().leading
+    }
+
+    pub fn leadership(&self) -> Leadership {
+        self.core.leadership()
+    }
+
+    pub fn watch_leadership(&self) -> watch::Receiver<Leadership> {
+        self.core.leadership.subscribe()
+    }
+
+    /// The applied index; the state that [`Self::read`] shows is at least of it.
+    pub fn watch_applied(&self) -> watch::Receiver<u64> {
+        self.core.machine.watch_applied()
+    }
+
+    /// Id and address of every member, learners too.
+    pub fn members(&self) -> BTreeMap<ControllerId, String> {
+        self.core.members().into_iter().map(|(id, address)| (ControllerId(id), address)).collect()
+    }
+
+    /// What this replica knows, at once.
+    pub fn status(&self) -> QuorumStatus {
+        self.core.status()
+    }
+
+    /// What every member says, within a second.
+    pub async fn survey(&self) -> QuorumStatus {
+        self.core.survey().await
+    }
+
+    /// Makes a controller a member without a vote, and waits until it has caught up.
+    ///
+    /// # Errors
+    /// See [`MembershipError`]. After `Timeout` it goes on catching up, and the same call waits on.
+    pub async fn add_learner(&self, id: ControllerId, address: &str) -> Result<(), MembershipError> {
+        self.core.change(Change::AddLearner { id, address: address.into() }).await
+    }
+
+    /// Gives a learner a vote.
+    ///
+    /// # Errors
+    /// See [`MembershipError`].
+    pub async fn promote(&self, id: ControllerId) -> Result<(), MembershipError> {
+        self.core.change(Change::Promote { id }).await
+    }
+
+    /// Takes a member out, for ever. Refused when the rest would have no reachable majority. A leader that is removed
+    /// hands over first.
+    ///
+    /// # Errors
+    /// See [`MembershipError`].
+    pub async fn remove(&self, id: ControllerId) -> Result<(), MembershipError> {
+        self.core.change(Change::Remove { id }).await
+    }
+
+    /// Makes a voter the leader.
+    ///
+    /// # Errors
+    /// See [`MembershipError`].
+    pub async fn transfer(&self, to: ControllerId) -> Result<(), MembershipError> {
+        self.core.change(Change::Transfer { to }).await
+    }
+
+    /// Hands leadership over if it can, then stops. What was acknowledged is on disk already. May be called again.
+    pub async fn shutdown(&self) {
+        if self.core.leadership_is_mine() && self.core.voters().len() > 1 {
+            match tokio::time::timeout(HAND_OVER_DEADLINE, self.core.hand_over()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "leadership was not handed over"),
+                Err(_) => tracing::warn!("leadership was not handed over in time"),
+            }
+        }
+        self.core.stopping.send_replace(true);
+        if let Err(error) = self.core.raft.shutdown().await {
+            tracing::error!(%error, "consensus did not stop cleanly");
+        }
+        for task in self.tasks.stop() {
+            // It was aborted, so how it ended says nothing.
+            drop(task.await);
+        }
+        self.core.machine.flush().await;
+    }
+}
+
+fn open_storage(data: &std::path::Path, on_failure: &OnFailure) -> Result<(Log, StateStore, Machine), OpenError> {
+    let log = Log::open(&data.join("raft-log"), on_failure.clone())?;
+    let (tables, loaded) = StateStore::open(data, on_failure.clone())?;
+    let snapshots = SnapshotStore::open(&data.join("snapshots"))?;
+    let machine = Machine::new(loaded, tables.clone(), snapshots, on_failure.clone())?;
+    Ok((log, tables, machine))
+}
+
+fn checked_identity(config: &ReplicaConfig) -> Result<api::tls::Identity, OpenError> {
+    let PeerTls { ca_pem, certificate_pem, key_pem } = config.tls.clone();
+    let identity = api::tls::Identity { ca_pem, cert_pem: certificate_pem, key_pem };
+    let found = identity.name().map_err(|e| OpenError::Certificate(e.to_string()))?;
+    if found == config.id.to_string() { Ok(identity) } else { Err(OpenError::Identity { expected: config.id, found }) }
+}
+
+/// The settings that safety and liveness need are not open to choice; `docs/adr/0002` has the reasons.
+fn settings(config: &ReplicaConfig) -> Result<Config, OpenError> {
+    let Timing { heartbeat_millis, election_min_millis, election_max_millis } = config.timing;
+    let settings = Config {
+        cluster_name: "trefoil".into(),
+        heartbeat_interval: heartbeat_millis,
+        election_timeout_min: election_min_millis,
+        election_timeout_max: election_max_millis,
+        enable_pre_vote: Some(true),
+        // A leader that has lost its quorum goes quiet, so that a member which both sides hear may elect another.
+        quorum_loss_probe_interval: Some(2 * election_max_millis),
+        // A restarted leader is elected again: a term then stands for one life of a leader.
+        enable_leader_restore: Some(false),
+        install_snapshot_timeout: INSTALL_MILLIS,
+        max_payload_entries: MAX_BATCH_ENTRIES,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_every),
+        max_in_snapshot_log_to_keep: config.snapshot_every,
+        // Entries are cheaper to send than a snapshot as long as the log has them.
+        replication_lag_threshold: config.snapshot_every.saturating_mul(4),
+        ..Config::default()
+    };
+    settings.validate().map_err(|e| OpenError::Timing(e.to_string()))
+}

@@ -1,0 +1,220 @@
+//! What a quorum promises while its members die, come back, lose their disks and hand over.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use model::ControllerId;
+use raft::{MembershipError, ProposeError, ReadError};
+use support::{Quorum, SNAPSHOT_EVERY, eventually, tenant};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_member_keeps_what_it_acknowledged_through_a_kill_and_a_clean_stop() {
+    let mut quorum = Quorum::found().await;
+    quorum.create_tenants(1, 0..50).await;
+    quorum.kill(1).await;
+    quorum.start(1).await;
+    assert_eq!(quorum.leader().await, 1);
+    assert_eq!(quorum.tenants(1), 50);
+    quorum.create_tenants(1, 50..60).await;
+    let shut = quorum.on(1, |replica| async move { replica.shutdown().await });
+    shut.await;
+    let refused = quorum.create_tenant(1, 99).await;
+    assert!(matches!(refused, Err(ProposeError::Stopped)), "{refused:?}");
+    quorum.kill(1).await;
+    let (state, applied, _) = storage::dump::state(&quorum.data(1)).unwrap();
+    assert_eq!(state.tenants().len(), 60, "a clean stop leaves everything in the tables (applied {applied:?})");
+    let entries = storage::dump::LogDump::open(&quorum.data(1)).unwrap().slots(0).map(|slot| slot.unwrap()).count();
+    assert!(entries >= 60);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_go_on_after_the_leader_was_killed_and_it_catches_up() {
+    let mut quorum = Quorum::of_three().await;
+    let old = quorum.leader().await;
+    quorum.create_tenants(old, 0..20).await;
+    quorum.kill(old).await;
+    let survivor = quorum.ids()[0];
+    let began = Instant::now();
+    quorum.create_tenant(survivor, 20).await.unwrap();
+    println!("first write {:?} after the kill", began.elapsed());
+    for id in quorum.ids() {
+        quorum.create_tenants(id, 21 + id * 10..31 + id * 10).await;
+    }
+    quorum.start(old).await;
+    quorum.equal().await;
+    assert_eq!(quorum.tenants(old), 41);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_is_repeated_on_another_member_happens_once() {
+    let quorum = Quorum::of_three().await;
+    let mut replies = Vec::new();
+    for id in quorum.ids() {
+        replies.push(quorum.create_tenant(id, 1).await.unwrap());
+    }
+    assert!(replies.iter().all(|r| r.applied == replies[0].applied), "{replies:?}");
+    assert!(replies[0].index < replies[1].index, "each is an entry of its own");
+    quorum.equal().await;
+    assert_eq!(quorum.tenants(2), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_linearizable_read_on_a_follower_sees_what_was_acknowledged_before_it() {
+    let quorum = Quorum::of_three().await;
+    let leader = quorum.leader().await;
+    let follower = quorum.ids().into_iter().find(|id| *id != leader).unwrap();
+    for number in 0..50 {
+        let written = quorum.create_tenant(leader, number).await.unwrap();
+        let index = quorum.on(follower, |replica| async move { replica.linearize().await }).await.unwrap();
+        assert!(index >= written.index, "{index} < {}", written.index);
+        let seen = quorum.tenants(follower) as u64;
+        assert_eq!(seen, number + 1);
+    }
+    let age = quorum.replica(follower).stale_age().unwrap();
+    assert!(age < support::SOON, "{age:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_majority_nothing_is_promised() {
+    let mut quorum = Quorum::of_three().await;
+    let leader = quorum.leader().await;
+    quorum.create_tenants(leader, 0..5).await;
+    for id in quorum.ids() {
+        if id != leader {
+            quorum.kill(id).await;
+        }
+    }
+    let write = quorum.create_tenant(leader, 100).await;
+    assert!(matches!(write, Err(ProposeError::NoQuorum | ProposeError::Unknown)), "{write:?}");
+    let read = quorum.on(leader, |replica| async move { replica.linearize().await }).await;
+    assert_eq!(read, Err(ReadError::NoQuorum));
+    assert_eq!(quorum.tenants(leader), 5, "a stale read still answers");
+    let removal = quorum.on(leader, move |replica| async move {
+        let other = replica.members().into_keys().find(|id| *id != replica.id()).unwrap();
+        replica.remove(other).await
+    });
+    let removal = removal.await;
+    assert!(matches!(removal, Err(MembershipError::Refused(_) | MembershipError::NoQuorum)), "{removal:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_lost_its_disk_returns_under_a_new_id_by_snapshot() {
+    let mut quorum = Quorum::of_three().await;
+    let leader = quorum.leader().await;
+    let lost = quorum.ids().into_iter().find(|id| *id != leader).unwrap();
+    quorum.kill(lost).await;
+    quorum.wipe(lost);
+    // Enough that the entries that the new member would need are purged.
+    for round in 0..8 {
+        quorum.create_tenants(leader, round * SNAPSHOT_EVERY..(round + 1) * SNAPSHOT_EVERY).await;
+    }
+    eventually("the log was purged", || {
+        let index = quorum.replica(leader).status().snapshot;
+        index > 2 * SNAPSHOT_EVERY
+    })
+    .await;
+    let removed = quorum.on(leader, move |replica| async move { replica.remove(ControllerId(lost)).await });
+    removed.await.unwrap();
+    quorum.join(4).await;
+    quorum.equal().await;
+    assert_eq!(quorum.tenants(4) as u64, 8 * SNAPSHOT_EVERY);
+    let snapshots = std::fs::read_dir(quorum.data(4).join("snapshots")).unwrap().count();
+    assert_eq!(snapshots, 1, "it came by snapshot");
+    quorum.kill(4).await;
+    quorum.start(4).await;
+    quorum.create_tenants(leader, 10_000..10_010).await;
+    quorum.equal().await;
+    assert_eq!(quorum.tenants(4) as u64, 8 * SNAPSHOT_EVERY + 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leadership_is_handed_over_on_demand_and_when_the_leader_stops() {
+    let mut quorum = Quorum::of_three().await;
+    let first = quorum.leader().await;
+    let asked = quorum.ids().into_iter().find(|id| *id != first).unwrap();
+    // Asked of the follower that is to lead.
+    quorum.on(asked, move |replica| async move { replica.transfer(ControllerId(asked)).await }).await.unwrap();
+    eventually("the follower leads", || quorum.replica(asked).is_leader()).await;
+    let began = Instant::now();
+    quorum.create_tenants(first, 0..10).await;
+    println!("10 writes {:?} after a transfer", began.elapsed());
+
+    let began = Instant::now();
+    quorum.on(asked, |replica| async move { replica.shutdown().await }).await;
+    println!("shutdown took {:?}", began.elapsed());
+    quorum.kill(asked).await;
+    let leader = quorum.leader().await;
+    quorum.create_tenants(leader, 10..20).await;
+    println!("10 writes {:?} after the leader began to stop", began.elapsed());
+    quorum.start(asked).await;
+    quorum.equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_planner_of_an_earlier_term_proposes_nothing() {
+    let quorum = Quorum::of_three().await;
+    let leader = quorum.leader().await;
+    let term = quorum.replica(leader).leadership().term;
+    let command = tenant(1).command;
+    let again = command.clone();
+    quorum
+        .on(leader, move |replica| async move { replica.propose_as_leader(term, command).await })
+        .await
+        .unwrap();
+    let other = quorum.ids().into_iter().find(|id| *id != leader).unwrap();
+    for (id, term) in [(leader, term - 1), (other, term)] {
+        let command = again.clone();
+        let late = quorum.on(id, move |replica| async move { replica.propose_as_leader(term, command).await }).await;
+        assert_eq!(late, Err(ProposeError::NotLeader));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_is_removed_hands_over_first() {
+    let mut quorum = Quorum::of_three().await;
+    let leader = quorum.leader().await;
+    quorum.create_tenants(leader, 0..5).await;
+    quorum.on(leader, move |replica| async move { replica.remove(ControllerId(leader)).await }).await.unwrap();
+    quorum.kill(leader).await;
+    let successor = quorum.leader().await;
+    assert!(!quorum.replica(successor).members().contains_key(&ControllerId(leader)));
+    quorum.create_tenants(successor, 5..10).await;
+    quorum.equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_proposals_at_once_share_syncs_and_calls() {
+    let quorum = Quorum::of_three().await;
+    let leader = quorum.leader().await;
+    let follower = quorum.ids().into_iter().find(|id| *id != leader).unwrap();
+    for (name, id, first) in [("leader", leader, 0), ("follower", follower, 10_000)] {
+        let began = Instant::now();
+        quorum.create_tenants(id, first..first + 2000).await;
+        let seconds = began.elapsed().as_secs_f64();
+        println!("2000 proposals at once on the {name}: {seconds:.2} s, {:.0}/s", 2000.0 / seconds);
+    }
+    let reads = quorum.on(follower, |replica| async move {
+        let began = Instant::now();
+        let all = futures::future::join_all((0..1000).map(|_| replica.linearize())).await;
+        assert!(all.iter().all(Result::is_ok));
+        began.elapsed()
+    });
+    println!("1000 linearizable reads at once on the follower: {:?}", reads.await);
+    let limit = Duration::from_secs(60);
+    assert!(tokio::time::timeout(limit, quorum.equal()).await.is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_controllers_are_listened_to() {
+    let quorum = Quorum::found().await;
+    let address = quorum.address(1);
+    let stranger = quorum.identity("node-1");
+    let channel = api::tls::connect(&address, api::tls::client_tls(&stranger)).unwrap();
+    let mut client = tonic::client::Grpc::new(channel);
+    client.ready().await.unwrap();
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static("/trefoil.raft.v1.Peer/Call");
+    let codec = tonic_prost::ProstCodec::<(), ()>::default();
+    let refused = client.unary(tonic::Request::new(()), path, codec).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused:?}");
+}

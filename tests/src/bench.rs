@@ -1,0 +1,164 @@
+//! Measurements of a real three-controller cloud, beside a three-member etcd on the same disk in the same minutes.
+//!
+//! Absolute figures tell about the machine; the ratios tell about the code. Each cell is measured in several rounds,
+//! the two systems in turn, so that what else the machine does falls on both.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use jepsen::cluster::{Cluster, Options};
+use serde::Serialize;
+
+use self::{
+    etcd::Etcd,
+    load::{Cell, Operation},
+    store::Store,
+};
+
+pub mod disk;
+pub mod etcd;
+pub mod failover;
+pub mod load;
+pub mod store;
+pub mod table;
+
+/// Clients at the same time, as the table shows them.
+pub const CLIENTS: [usize; 4] = [1, 16, 64, 256];
+/// Connections that they share, two to each member: a client program has one or a few, not one a request.
+const CONNECTIONS: usize = 6;
+/// Different keys, written before the first measurement.
+pub const KEYS: usize = 1000;
+pub const VALUE_BYTES: usize = 256;
+pub const TENANT: &str = "bench";
+
+#[derive(Debug, clap::Args)]
+pub struct Settings {
+    /// Seconds of one measurement.
+    #[arg(long, default_value_t = 3.0)]
+    pub seconds: f64,
+    /// Measurements of each cell and system.
+    #[arg(long, default_value_t = 3)]
+    pub rounds: usize,
+    /// How often the leader is killed.
+    #[arg(long, default_value_t = 20)]
+    pub kills: usize,
+    /// Where the servers keep their data: on the disk that is to be measured. By default beside this program.
+    #[arg(long)]
+    pub data: Option<PathBuf>,
+    /// Where the JSON goes.
+    #[arg(long, default_value = "bench.json")]
+    pub json: PathBuf,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Results {
+    pub disk: disk::SyncRate,
+    pub cells: Vec<Cell>,
+    pub failover: Vec<failover::Gaps>,
+    pub memory: Vec<Memory>,
+    /// What could not be measured here, and why.
+    pub skipped: Vec<String>,
+    /// Load average of the machine at start and end: what else was going on.
+    pub load_average: [f64; 2],
+}
+
+#[derive(Debug, Serialize)]
+pub struct Memory {
+    pub system: &'static str,
+    /// Mean over the members after all measurements, in MiB.
+    pub resident_mib: f64,
+}
+
+/// # Errors
+/// When a server does not start or stops by itself.
+pub async fn run(settings: &Settings) -> anyhow::Result<Results> {
+    let root = match &settings.data {
+        Some(path) => path.clone(),
+        None => std::env::current_exe()?.with_file_name(format!("bench-{}", std::process::id())),
+    };
+    std::fs::create_dir_all(&root)?;
+    let results = measure(settings, &root).await;
+    std::fs::remove_dir_all(&root).with_context(|| format!("removing {}", root.display()))?;
+    results
+}
+
+async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<Results> {
+    let before = load_average();
+    let mut skipped = Vec::new();
+    let mut cluster = Cluster::start(&root.join("t"), Options { controllers: 3, agents: 0, isolated: false }).await?;
+    cluster.create_tenant(TENANT).await?;
+    let mut etcd = match Etcd::obstacle() {
+        None => Some(Etcd::start(&root.join("e")).await?),
+        Some(why) => {
+            skipped.push(format!("etcd: {why}"));
+            None
+        }
+    };
+    let mut systems = vec![("trefoil", store::trefoil(&cluster, CONNECTIONS)?)];
+    if let Some(etcd) = &etcd {
+        systems.push(("etcd", etcd.stores(CONNECTIONS)?));
+    }
+    for (_, stores) in &systems {
+        load::fill(stores).await?;
+    }
+    let mut sync = disk::SyncRate::default();
+    let mut cells = Vec::new();
+    let time = Duration::from_secs_f64(settings.seconds);
+    for operation in [Operation::Write, Operation::Read] {
+        for clients in CLIENTS {
+            let mut rows: Vec<Cell> = systems.iter().map(|(name, _)| Cell::new(name, operation, clients)).collect();
+            for round in 0..settings.rounds {
+                sync.measure(root, Duration::from_millis(300))?;
+                // Who goes first changes from round to round.
+                for turn in 0..systems.len() {
+                    let index = (turn + round) % systems.len();
+                    let cpu = || {
+                        if index == 0 {
+                            cluster.cpu_time()
+                        } else {
+                            etcd.as_ref().map_or(Duration::ZERO, Etcd::cpu_time)
+                        }
+                    };
+                    rows[index].measure(&systems[index].1, time, cpu).await?;
+                }
+            }
+            eprintln!("  {operation} at {clients}: {}", rows.iter().map(Cell::line).collect::<Vec<_>>().join("; "));
+            cells.extend(rows);
+        }
+    }
+    let mut memory = vec![Memory { system: "trefoil", resident_mib: cluster.resident_bytes() as f64 / 1_048_576.0 }];
+    if let Some(etcd) = &etcd {
+        memory.push(Memory { system: "etcd", resident_mib: etcd.resident_bytes() as f64 / 1_048_576.0 });
+    }
+    let mut gaps = vec![failover::trefoil(&mut cluster, settings.kills).await?];
+    cluster.stop().await?;
+    if let Some(etcd) = &mut etcd {
+        gaps.push(failover::etcd(etcd, settings.kills).await?);
+    }
+    Ok(Results { disk: sync, cells, failover: gaps, memory, skipped, load_average: [before, load_average()] })
+}
+
+/// Of the last minute.
+fn load_average() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or(0.0)
+}
+
+/// Waits for a named condition.
+///
+/// # Errors
+/// When it is not true within the patience.
+pub async fn until<F: AsyncFnMut() -> bool>(what: &str, patience: Duration, mut holds: F) -> anyhow::Result<()> {
+    let deadline = Instant::now() + patience;
+    while !holds().await {
+        anyhow::ensure!(Instant::now() < deadline, "waited {patience:?} in vain for: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// One connection to one member, as the load uses it.
+pub type Stores = Vec<Store>;

@@ -1,0 +1,128 @@
+//! A three-member etcd with its own defaults, on loopback, without TLS: its fastest form.
+
+use std::{path::Path, process::Command, time::Duration};
+
+use anyhow::Context;
+use jepsen::cluster::{free_port, process::Process};
+use tonic::transport::{Channel, Endpoint};
+
+use super::{store::Store, until};
+
+/// Generated from `proto/etcd.proto`.
+#[allow(clippy::all, clippy::pedantic)]
+pub mod proto {
+    tonic::include_proto!("etcdserverpb");
+}
+
+const MEMBERS: usize = 3;
+
+pub struct Etcd {
+    members: Vec<Member>,
+}
+
+pub struct Member {
+    pub process: Process,
+    endpoint: String,
+    arguments: Vec<String>,
+}
+
+impl Etcd {
+    /// Why it cannot be measured here, if it cannot.
+    pub fn obstacle() -> Option<String> {
+        let found = Command::new("etcd").arg("--version").output();
+        found.err().map(|_| "the command 'etcd' is not installed (Debian: etcd-server)".into())
+    }
+
+    /// # Errors
+    /// When it does not come up within half a minute.
+    pub async fn start(root: &Path) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(root)?;
+        let ports: Vec<(u16, u16)> =
+            (0..MEMBERS).map(|_| Ok((free_port()?, free_port()?))).collect::<anyhow::Result<_>>()?;
+        let url = |port: u16| format!("http://127.0.0.1:{port}");
+        let all: Vec<String> = ports.iter().enumerate().map(|(n, (_, peer))| format!("m{n}={}", url(*peer))).collect();
+        let mut members = Vec::new();
+        for (number, (client, peer)) in ports.iter().enumerate() {
+            let data = root.join(format!("m{number}")).display().to_string();
+            let arguments = [
+                ("name", format!("m{number}")),
+                ("data-dir", data),
+                ("listen-client-urls", url(*client)),
+                ("advertise-client-urls", url(*client)),
+                ("listen-peer-urls", url(*peer)),
+                ("initial-advertise-peer-urls", url(*peer)),
+                ("initial-cluster", all.join(",")),
+                ("log-level", "error".into()),
+            ];
+            let arguments: Vec<String> =
+                arguments.into_iter().map(|(name, value)| format!("--{name}={value}")).collect();
+            let process = launch(&arguments, &root.join(format!("m{number}.log")))?;
+            members.push(Member { process, endpoint: url(*client), arguments });
+        }
+        let etcd = Self { members };
+        until("etcd has a leader", Duration::from_secs(30), async || etcd.leader().await.is_some()).await?;
+        Ok(etcd)
+    }
+
+    fn channel(&self, member: usize) -> anyhow::Result<Channel> {
+        let endpoint = Endpoint::from_shared(self.members[member].endpoint.clone())?;
+        Ok(endpoint.tcp_nodelay(true).connect_timeout(Duration::from_secs(1)).connect_lazy())
+    }
+
+    /// Connections to all members in turn.
+    ///
+    /// # Errors
+    /// When an endpoint is malformed.
+    pub fn stores(&self, connections: usize) -> anyhow::Result<Vec<Store>> {
+        let store = |number: usize| {
+            let channel = self.channel(number % self.members.len())?;
+            Ok(Store::Etcd { kv: proto::kv_client::KvClient::new(channel) })
+        };
+        (0..connections).map(store).collect()
+    }
+
+    /// Which member leads, if a member that answers knows one.
+    pub async fn leader(&self) -> Option<usize> {
+        for member in 0..self.members.len() {
+            let Ok(channel) = self.channel(member) else { continue };
+            let mut client = proto::maintenance_client::MaintenanceClient::new(channel);
+            let call = client.status(proto::StatusRequest {});
+            let Ok(Ok(reply)) = tokio::time::timeout(Duration::from_millis(500), call).await else { continue };
+            let status = reply.into_inner();
+            if status.leader != 0 && status.header.is_some_and(|header| header.member_id == status.leader) {
+                return Some(member);
+            }
+        }
+        None
+    }
+
+    /// # Errors
+    /// When it cannot be killed.
+    pub fn kill(&mut self, member: usize) -> std::io::Result<bool> {
+        self.members[member].process.kill()
+    }
+
+    /// # Errors
+    /// When it cannot be started.
+    pub fn restart(&mut self, member: usize) -> anyhow::Result<()> {
+        let member = &mut self.members[member];
+        member.process = launch(&member.arguments, &member.process.log.clone())?;
+        Ok(())
+    }
+
+    pub fn cpu_time(&self) -> Duration {
+        self.members.iter().filter_map(|member| member.process.cpu_time()).sum()
+    }
+
+    /// Mean over the members.
+    pub fn resident_bytes(&self) -> u64 {
+        let sum: u64 = self.members.iter().filter_map(|member| member.process.resident_bytes()).sum();
+        sum / MEMBERS as u64
+    }
+}
+
+fn launch(arguments: &[String], log: &Path) -> anyhow::Result<Process> {
+    let mut command = Command::new("etcd");
+    command.args(arguments);
+    Process::start(command, log).context("starting etcd")
+}

@@ -1,0 +1,108 @@
+//! How long nobody's writes are acknowledged after `kill -9` of the leader.
+//!
+//! Clients try every member every few milliseconds, each attempt on its own, as many clients together would; the
+//! figure is the time from the kill to the first acknowledgement of a write that was begun after it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use jepsen::cluster::{Cluster, PATIENCE};
+use serde::Serialize;
+
+use super::{
+    etcd::Etcd,
+    store::{self, Store},
+    until,
+};
+
+/// Between two attempts at one member.
+const EVERY: Duration = Duration::from_millis(5);
+/// After a restart the cluster rests, so that each kill meets a healthy one.
+const REST: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Serialize)]
+pub struct Gaps {
+    pub system: &'static str,
+    /// Milliseconds, in the order of the kills.
+    pub millis: Vec<f64>,
+}
+
+impl Gaps {
+    /// The value below which this part of the kills lies.
+    pub fn quantile(&self, part: f64) -> f64 {
+        let mut sorted = self.millis.clone();
+        sorted.sort_by(f64::total_cmp);
+        let position = ((sorted.len() as f64 * part).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
+        sorted.get(position).copied().unwrap_or(f64::NAN)
+    }
+}
+
+/// # Errors
+/// When the cluster does not come back.
+pub async fn trefoil(cluster: &mut Cluster, kills: usize) -> anyhow::Result<Gaps> {
+    let mut millis = Vec::new();
+    for _ in 0..kills {
+        let stores = store::trefoil(cluster, cluster.size())?;
+        connect(&stores).await?;
+        let leader = cluster.leader().await.context("no leader to kill")?;
+        let killed = Instant::now();
+        cluster.kill(leader)?;
+        millis.push(first_acknowledgement(&stores, killed).await?);
+        cluster.restart(leader)?;
+        cluster.settled(PATIENCE).await?;
+        tokio::time::sleep(REST).await;
+    }
+    Ok(Gaps { system: "trefoil", millis })
+}
+
+/// # Errors
+/// When etcd does not come back.
+pub async fn etcd(etcd: &mut Etcd, kills: usize) -> anyhow::Result<Gaps> {
+    let mut millis = Vec::new();
+    for _ in 0..kills {
+        let stores = etcd.stores(3)?;
+        connect(&stores).await?;
+        let leader = etcd.leader().await.context("no leader to kill")?;
+        let killed = Instant::now();
+        etcd.kill(leader)?;
+        millis.push(first_acknowledgement(&stores, killed).await?);
+        etcd.restart(leader)?;
+        let again = etcd.stores(3)?;
+        until("every etcd member writes", PATIENCE, async || connect(&again).await.is_ok()).await?;
+        tokio::time::sleep(REST).await;
+    }
+    Ok(Gaps { system: "etcd", millis })
+}
+
+/// One write through each connection, so that none is made during the measurement.
+async fn connect(stores: &[Store]) -> anyhow::Result<()> {
+    for store in stores {
+        store.clone().write(0, "ready").await?;
+    }
+    Ok(())
+}
+
+/// Milliseconds from `since` to the first acknowledged write through any connection.
+async fn first_acknowledgement(stores: &[Store], since: Instant) -> anyhow::Result<f64> {
+    let (heard, mut first) = tokio::sync::mpsc::unbounded_channel();
+    let mut ticks = tokio::time::interval(EVERY);
+    let mut attempts = tokio::task::JoinSet::new();
+    let deadline = since + PATIENCE;
+    loop {
+        tokio::select! {
+            Some(at) = first.recv() => return Ok(Instant::duration_since(&at, since).as_secs_f64() * 1000.0),
+            _ = ticks.tick() => {
+                anyhow::ensure!(Instant::now() < deadline, "no write was acknowledged within {PATIENCE:?}");
+                for store in stores {
+                    let (mut store, heard) = (store.clone(), heard.clone());
+                    attempts.spawn(async move {
+                        if store.write(0, "after").await.is_ok() {
+                            // The first one counts; who hears nothing any more is late.
+                            let _ = heard.send(Instant::now());
+                        }
+                    });
+                }
+            }
+        }
+    }
+}

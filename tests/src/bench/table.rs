@@ -1,0 +1,71 @@
+//! The results as a table with ratios, for a terminal and for the README.
+
+use super::{
+    CLIENTS, Results,
+    load::{Cell, Operation},
+};
+
+pub fn print(results: &Results) {
+    println!();
+    println!(
+        "disk: {:.0} syncs a second by one writer, p50 {} us, p99 {} us; load average {:.1} to {:.1}",
+        results.disk.per_second,
+        results.disk.p50_micros,
+        results.disk.p99_micros,
+        results.load_average[0],
+        results.load_average[1]
+    );
+    println!();
+    println!(
+        "{:<6}{:>8} {:<8}{:>10}{:>8}{:>10}{:>10}{:>10}{:>12}{:>8}",
+        "", "clients", "", "ops/s", "÷ etcd", "p50 ms", "p99 ms", "p99.9 ms", "cpu us/op", "÷ sync"
+    );
+    for operation in [Operation::Write, Operation::Read] {
+        for clients in CLIENTS {
+            let of = |system: &str| {
+                results.cells.iter().find(|c| c.operation == operation && c.clients == clients && c.system == system)
+            };
+            let etcd = of("etcd");
+            for cell in [of("trefoil"), etcd].into_iter().flatten() {
+                print_cell(cell, etcd, results.disk.per_second);
+            }
+        }
+    }
+    println!();
+    println!("leader killed (kill -9), until the next acknowledged write, ms:");
+    for gaps in &results.failover {
+        println!(
+            "  {:<8} n {:<3} p50 {:>6.0}   p90 {:>6.0}   max {:>6.0}",
+            gaps.system,
+            gaps.millis.len(),
+            gaps.quantile(0.5),
+            gaps.quantile(0.9),
+            gaps.quantile(1.0)
+        );
+    }
+    for memory in &results.memory {
+        println!("resident memory of a member, {}: {:.0} MiB", memory.system, memory.resident_mib);
+    }
+    for skipped in &results.skipped {
+        println!("skipped: {skipped}");
+    }
+}
+
+fn print_cell(cell: &Cell, etcd: Option<&Cell>, syncs: f64) {
+    let millis = |micros: u64| micros as f64 / 1000.0;
+    let ratio = etcd.map_or_else(|| "-".to_owned(), |etcd| format!("{:.2}", cell.throughput() / etcd.throughput()));
+    println!(
+        "{:<6}{:>8} {:<8}{:>10.0}{:>8}{:>10.2}{:>10.2}{:>10.2}{:>12.0}{:>8.2}{}",
+        cell.operation,
+        cell.clients,
+        cell.system,
+        cell.throughput(),
+        ratio,
+        millis(cell.p50_micros),
+        millis(cell.p99_micros),
+        millis(cell.p999_micros),
+        cell.server_cpu_micros,
+        cell.throughput() / syncs,
+        if cell.errors > 0 { format!("  {} errors", cell.errors) } else { String::new() }
+    );
+}

@@ -1,0 +1,37 @@
+//! `make bench`: a table on the terminal and the same as JSON.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tests::bench::{self, Settings, table};
+
+/// Measures a three-controller cloud beside a three-member etcd.
+#[derive(Parser)]
+struct Arguments {
+    #[command(flatten)]
+    settings: Settings,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let Arguments { settings } = Arguments::parse();
+    let outcome = tokio::select! {
+        outcome = bench::run(&settings) => outcome,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    let written = outcome.and_then(|results| {
+        table::print(&results);
+        std::fs::write(&settings.json, serde_json::to_vec_pretty(&results)?)?;
+        Ok(())
+    });
+    match written {
+        Ok(()) => {
+            println!("written: {}", settings.json.display());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Machines on simulated hosts: their whole life, and what does not happen to them when processes die.
+
+use api::{
+    client::new_request_id,
+    proto::{Bill, CreateTenantRequest, DeleteVmRequest, GetBillRequest, ListRequest, Quota, Template},
+};
+use tests::stage::{Stage, Stub, TENANT, until};
+
+async fn delete(stage: &Stage, name: &str) {
+    let body = DeleteVmRequest { tenant: TENANT.into(), vm: name.into(), force: false };
+    let call = |mut stub: Stub, request| async move { stub.delete_vm(request).await };
+    stage.client.mutate(new_request_id(), body, call).await.expect("a machine can always be deleted");
+    until(&format!("'{name}' is gone"), async || match stage.vm(name).await {
+        Err(error) if error.code == "not-found" => Ok(()),
+        Err(error) => Err(error.to_string()),
+        Ok(vm) => Err(vm.status),
+    })
+    .await;
+}
+
+async fn create_template(stage: &Stage, name: &str, vcpus: u64, memory_bytes: u64) {
+    let body = Template { name: name.into(), vcpus, memory_bytes, disk_bytes: 0, weight_milli: 1000 };
+    let call = |mut stub: Stub, request| async move { stub.create_template(request).await };
+    stage.client.mutate(new_request_id(), body, call).await.expect("a template is created");
+}
+
+/// The largest host.
+async fn memory_of_a_host(stage: &Stage) -> u64 {
+    let body = ListRequest { limit: 10, ..Default::default() };
+    let call = |mut stub: Stub, request| async move { stub.list_nodes(request).await };
+    let nodes = stage.client.read(body, call).await.expect("nodes can be listed").nodes;
+    nodes.iter().map(|node| node.memory_bytes).max().expect("there is a node")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_lives_its_whole_life_and_the_bill_adds_up() {
+    let stage = Stage::furnished(2).await;
+    let created = stage.create_vm("web", "tiny").await.unwrap();
+    let running = stage.vm_is("web", "running").await;
+    assert_eq!((running.id.as_str(), running.hypervisor.as_str()), (created.id.as_str(), "simulated"));
+    assert!(running.epoch > 0 && !running.node.is_empty() && running.nics[0].ip.starts_with("10.0.0."));
+
+    for (wanted, status) in
+        [("suspended", "suspended"), ("running", "running"), ("stopped", "stopped"), ("running", "running")]
+    {
+        stage.set_power("web", wanted).await.unwrap();
+        let vm = stage.vm_is("web", status).await;
+        assert_eq!(
+            (&vm.node, vm.epoch, &vm.nics),
+            (&running.node, running.epoch, &running.nics),
+            "it stays where it was"
+        );
+    }
+    stage.reboot("web").await.unwrap();
+    stage.vm_is("web", "running").await;
+
+    delete(&stage, "web").await;
+    let bill = bill(&stage).await;
+    adds_up(&bill);
+    let statuses: Vec<&str> =
+        bill.lines.iter().filter(|line| line.resource == created.id).map(|line| line.status.as_str()).collect();
+    for status in ["running", "suspended", "stopped"] {
+        assert!(statuses.contains(&status), "no line for {status} in {statuses:?}");
+    }
+    assert!(
+        !bill.lines.iter().any(|line| line.resource == created.id && line.open),
+        "what is deleted costs nothing more"
+    );
+    stage.strike().await;
+}
+
+async fn bill(stage: &Stage) -> Bill {
+    let body = GetBillRequest { tenant: TENANT.into(), ..Default::default() };
+    let call = |mut stub: Stub, request| async move { stub.get_bill(request).await };
+    stage.client.read(body, call).await.expect("the bill can be read")
+}
+
+/// The total is the exact sum, rounded once; no resource is paid for twice at a time.
+fn adds_up(bill: &Bill) {
+    const EXACT_PER_NANO: u128 = 1000 * 3_600_000;
+    let sum: u128 = bill.lines.iter().map(|line| line.exact.parse::<u128>().expect("an integer")).sum();
+    assert_eq!(u128::from(bill.total_nano), (sum + EXACT_PER_NANO / 2) / EXACT_PER_NANO);
+    assert!(bill.total_nano > 0);
+    for (number, line) in bill.lines.iter().enumerate() {
+        let overlaps = |other: &&api::proto::BillLine| {
+            other.resource == line.resource && other.from_millis < line.to_millis && line.from_millis < other.to_millis
+        };
+        assert_eq!(bill.lines[number + 1..].iter().find(overlaps), None, "twice at a time: {line:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leader_dies_during_a_creation_and_it_is_created_once() {
+    let mut stage = Stage::furnished(2).await;
+    let client = stage.client.clone();
+    let creation = tokio::spawn(async move {
+        let call = |mut stub: Stub, request| async move { stub.create_vm(request).await };
+        client.mutate(new_request_id(), Stage::machine("web", "tiny"), call).await
+    });
+    let leader = stage.cluster.leader().await.expect("a leader");
+    assert!(stage.cluster.kill(leader).unwrap());
+    let created = creation.await.unwrap().expect("the client asks the others under the same id");
+    let running = stage.vm_is("web", "running").await;
+    assert_eq!(running.id, created.id);
+    assert_eq!(stage.vms().await.len(), 1, "it is there once");
+    stage.cluster.restart(leader).unwrap();
+    stage.settled().await;
+    assert_eq!(stage.vm_is("web", "running").await.epoch, running.epoch, "it was placed once");
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_dies_finds_its_guests_again() {
+    let mut stage = Stage::furnished(1).await;
+    stage.create_vm("web", "tiny").await.unwrap();
+    let before = stage.vm_is("web", "running").await;
+    assert!(stage.cluster.kill_agent(0).unwrap());
+    stage.cluster.restart_agent(0).unwrap();
+    stage.cluster.settled(tests::stage::PATIENCE).await.unwrap();
+    stage.set_power("web", "suspended").await.unwrap();
+    let after = stage.vm_is("web", "suspended").await;
+    assert_eq!((after.epoch, after.attempts), (before.epoch, 0), "it was adopted, not made again");
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_finds_no_room_is_pending_and_placed_when_there_is_room() {
+    let stage = Stage::furnished(1).await;
+    let memory = memory_of_a_host(&stage).await;
+    create_template(&stage, "most", 1, memory / 10 * 6).await;
+    create_template(&stage, "giant", 1, memory * 2).await;
+    stage.create_vm("first", "most").await.unwrap();
+    stage.vm_is("first", "running").await;
+    stage.create_vm("second", "most").await.unwrap();
+    let waiting = stage.vm_is("second", "pending").await;
+    until("the reason is told", async || {
+        let reason = stage.vm("second").await.map_err(|e| e.to_string())?.reason;
+        if reason.is_empty() { Err("no reason".into()) } else { Ok(()) }
+    })
+    .await;
+    assert!(waiting.node.is_empty());
+    delete(&stage, "first").await;
+    stage.vm_is("second", "running").await;
+
+    // Larger than any node: it waits with a reason, and can be deleted.
+    stage.create_vm("third", "giant").await.unwrap();
+    stage.vm_is("third", "pending").await;
+    delete(&stage, "third").await;
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_is_never_exceeded() {
+    let stage = Stage::furnished(1).await;
+    let quota =
+        Quota { vms: 3, vcpus: 100, memory_bytes: 1 << 40, disk_bytes: 1 << 40, networks: 10, image_bytes: 1 << 40 };
+    let body = CreateTenantRequest { name: TENANT.into(), quota: Some(quota) };
+    let call = |mut stub: Stub, request| async move { stub.set_quota(request).await };
+    stage.client.mutate(new_request_id(), body, call).await.expect("the quota is set");
+    // Ten race for three places.
+    let attempts = (0..10).map(|number| {
+        let client = stage.client.clone();
+        tokio::spawn(async move {
+            let call = |mut stub: Stub, request| async move { stub.create_vm(request).await };
+            client.mutate(new_request_id(), Stage::machine(&format!("web-{number}"), "tiny"), call).await
+        })
+    });
+    let mut refused = 0;
+    for attempt in attempts.collect::<Vec<_>>() {
+        match attempt.await.unwrap() {
+            Ok(_) => {}
+            Err(error) => {
+                assert_eq!(error.code, "quota-exceeded", "{error}");
+                refused += 1;
+            }
+        }
+    }
+    assert_eq!((refused, stage.vms().await.len()), (7, 3));
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_of_two_hosts_survive_the_death_of_all_controllers() {
+    let mut stage = Stage::furnished(2).await;
+    for name in ["one", "two"] {
+        stage.create_vm(name, "tiny").await.unwrap();
+    }
+    let before = [stage.vm_is("one", "running").await, stage.vm_is("two", "running").await];
+    for controller in 0..3 {
+        stage.cluster.kill(controller).unwrap();
+    }
+    for controller in 0..3 {
+        stage.cluster.restart(controller).unwrap();
+    }
+    stage.settled().await;
+    for vm in before {
+        let after = stage.vm_is(&vm.name, "running").await;
+        assert_eq!((&after.id, after.epoch, &after.node), (&vm.id, vm.epoch, &vm.node));
+    }
+    stage.strike().await;
+}

@@ -1,0 +1,211 @@
+//! What comes from outside: retries, mistakes, nonsense. One clear sentence and a stable code; nothing is lost.
+
+use std::{
+    io::Write,
+    net::{TcpStream, UdpSocket},
+    time::Duration,
+};
+
+use api::{
+    client::{Client, new_request_id},
+    proto::{ListRequest, SetTagRequest},
+};
+use jepsen::chance::Chance;
+use serde_json::Value;
+use tests::stage::{Stage, Stub, TENANT};
+
+fn tag(key: &str, value: &str) -> SetTagRequest {
+    SetTagRequest { tenant: TENANT.into(), key: key.into(), value: value.into(), expected_version: None }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_gets_the_first_answer_also_after_a_failover_and_another_body_is_refused() {
+    let mut stage = Stage::set(0).await;
+    let call = |mut stub: Stub, request| async move { stub.set_tag(request).await };
+    let id = new_request_id();
+    let first = stage.client.mutate(id, tag("k", "a"), call).await.unwrap();
+    stage.set_tag("k", "b").await.unwrap();
+    let again = stage.client.mutate(id, tag("k", "a"), call).await.unwrap();
+    assert_eq!(again.version, first.version, "the retry is the same request");
+    assert_eq!(stage.tag("k").await.unwrap(), "b", "and changes nothing");
+
+    let leader = stage.cluster.leader().await.expect("a leader");
+    stage.cluster.kill(leader).unwrap();
+    let after = stage.client.mutate(id, tag("k", "a"), call).await.unwrap();
+    assert_eq!(after.version, first.version, "the new leader knows it too");
+    let refused = stage.client.mutate(id, tag("k", "c"), call).await.unwrap_err();
+    assert_eq!(refused.code, "request-reused");
+    assert_eq!(stage.tag("k").await.unwrap(), "b");
+    stage.cluster.restart(leader).unwrap();
+    stage.settled().await;
+    stage.strike().await;
+}
+
+/// What is typed, the exit status, the code, and words of the sentence.
+const BAD_INPUT: &[(&[&str], i32, &str, &str)] = &[
+    (&["vm", "show", "nobody"], 3, "not-found", "nobody"),
+    (&["vm", "create", "a", "--image", "none", "--template", "tiny", "--network", "blue"], 3, "not-found", "none"),
+    (&["vm", "create", "a", "--image", "disk", "--template", "none", "--network", "blue"], 3, "not-found", "none"),
+    (&["vm", "create", "a", "--image", "disk", "--template", "tiny", "--network", "none"], 3, "not-found", "none"),
+    (
+        &["vm", "create", "A B", "--image", "disk", "--template", "tiny", "--network", "blue"],
+        2,
+        "invalid-argument",
+        "name",
+    ),
+    (
+        &["vm", "create", "a\u{1b}[2J", "--image", "disk", "--template", "tiny", "--network", "blue"],
+        2,
+        "invalid-argument",
+        "name",
+    ),
+    (&["network", "create", "n", "--range", "10.0.0.0"], 2, "invalid-argument", "range"),
+    (&["network", "create", "n", "--range", "10.0.0.0/33"], 2, "invalid-argument", "range"),
+    (&["network", "create", "n", "--range", "300.0.0.0/24"], 2, "invalid-argument", "range"),
+    (&["network", "create", "blue", "--range", "10.1.0.0/24"], 4, "already-exists", "blue"),
+    (&["tenant", "create", "acme"], 4, "already-exists", "acme"),
+    (&["tenant", "create", ""], 2, "invalid-argument", "name"),
+    (&["tag", "set", "k", "v", "--expected-version", "77"], 4, "version-mismatch", "version"),
+    (&["setting", "set", "no-such-setting", "1"], 3, "not-found", "no-such-setting"),
+    (&["setting", "set", "vm-attempts", "99999999"], 2, "invalid-argument", "vm-attempts"),
+    (&["network", "delete", "none"], 3, "not-found", "none"),
+    (&["vm", "list", "--token", "nonsense"], 7, "unauthenticated", "token"),
+    (&["vm", "list", "--tenant", "nobody"], 3, "not-found", "nobody"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_input_gets_one_sentence_a_code_and_an_exit_status() {
+    let stage = Stage::furnished(1).await;
+    let mut wrong = Vec::new();
+    for (arguments, exit, code, words) in BAD_INPUT {
+        let mut all = arguments.to_vec();
+        all.extend(["--output", "json"]);
+        let output = stage.trefoil(&all);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let said: Value = text.lines().last().and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
+        let sentence = said["error"].as_str().unwrap_or_default();
+        let right = output.status.code() == Some(*exit) && said["code"] == *code && sentence.contains(words);
+        if !right || sentence.contains('\u{1b}') {
+            wrong.push(format!("trefoil {}: status {:?}, said {text}", arguments.join(" "), output.status.code()));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), BAD_INPUT.len(), wrong.join("\n"));
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_no_image_is_refused() {
+    let stage = Stage::furnished(1).await;
+    let text = stage.file("text.qcow2", b"this is not an image");
+    let mut broken = b"QFI\xfb\0\0\0\x03".to_vec();
+    broken.extend([0xff; 96]);
+    let broken = stage.file("broken.qcow2", &broken);
+    let empty = stage.file("empty.raw", b"");
+    for (file, more) in [(&text, None), (&broken, None), (&empty, Some(["--format", "raw"]))] {
+        let mut arguments = vec!["image", "import", file.as_str(), "--name", "x", "--output", "json"];
+        arguments.extend(more.into_iter().flatten());
+        let output = stage.trefoil(&arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{file}: {said}");
+        assert!(said.contains("invalid-argument"), "{file}: {said}");
+    }
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_join_token_is_good_once() {
+    let stage = Stage::set(1).await;
+    let token = stage.cluster.join_token("agent").await.unwrap();
+    let join = |name: &str| {
+        let data = stage.folder().join(name).display().to_string();
+        let address = format!("127.0.0.1:{}", jepsen::cluster::free_port().unwrap());
+        stage.trefoil(&[
+            "agent",
+            "join",
+            "--data",
+            &data,
+            "--name",
+            name,
+            "--listen",
+            &address,
+            "--advertise",
+            &address,
+            "--underlay",
+            "127.0.0.1",
+            "--hypervisor",
+            "simulated",
+            "--token",
+            &token,
+            "--output",
+            "json",
+        ])
+    };
+    let first = join("one");
+    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+    let second = join("two");
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(7), "{said}");
+    assert!(said.contains("bad-join-token"), "{said}");
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_larger_than_the_limit_is_refused() {
+    let stage = Stage::set(0).await;
+    let call = |mut stub: Stub, request| async move { stub.set_tag(request).await };
+    for length in [100 << 10, 64 << 20] {
+        let client = stage.client.clone().with_deadline(Duration::from_secs(10));
+        let refused = client.mutate(new_request_id(), tag("k", &"x".repeat(length)), call).await.unwrap_err();
+        assert!(["too-large", "invalid-argument"].contains(&refused.code.as_str()), "{length} bytes: {refused:?}");
+    }
+    stage.set_tag("k", "short").await.expect("and it goes on");
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nonsense_on_the_ports_disturbs_nobody() {
+    let mut stage = Stage::furnished(1).await;
+    let mut chance = Chance::new(7);
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    for controller in 0..3 {
+        let address = stage.cluster.address(controller).to_owned();
+        for _ in 0..500 {
+            let bytes: Vec<u8> = (0..chance.below(1500)).map(|_| chance.number() as u8).collect();
+            socket.send_to(&bytes, &address).unwrap();
+        }
+        for _ in 0..20 {
+            let mut stream = TcpStream::connect(&address).unwrap();
+            let bytes: Vec<u8> = (0..1 + chance.below(4000)).map(|_| chance.number() as u8).collect();
+            // The other side may hang up before it has heard all of it.
+            let _ = stream.write_all(&bytes);
+        }
+        // And one that says nothing and stays.
+        std::mem::forget(TcpStream::connect(&address).unwrap());
+    }
+    stage.create_vm("web", "tiny").await.unwrap();
+    stage.vm_is("web", "running").await;
+    stage.settled().await;
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_let_in_without_a_valid_token_and_members_see_their_tenant_alone() {
+    let stage = Stage::set(0).await;
+    let access = stage.cluster.access();
+    let nobody = Client::new(&stage.cluster.endpoints(), &access.ca_pem, "trefoil-user-AAAA").unwrap();
+    let list = |client: Client, tenant: &str| {
+        let body = ListRequest { tenant: tenant.into(), limit: 10, ..Default::default() };
+        async move { client.read(body, |mut stub: Stub, request| async move { stub.list_tags(request).await }).await }
+    };
+    assert_eq!(list(nobody, TENANT).await.unwrap_err().code, "unauthenticated");
+
+    stage.cluster.create_tenant("other").await.unwrap();
+    let user = stage.trefoil_ok(&["user", "create", "ann", "--role", "member"]);
+    let token = user["token"].as_str().expect("the token is shown once");
+    let member = Client::new(&stage.cluster.endpoints(), &access.ca_pem, token).unwrap();
+    assert!(list(member.clone(), TENANT).await.is_ok());
+    assert!(list(member.clone(), "").await.is_ok(), "a member may leave the tenant out");
+    let refused = list(member, "other").await.unwrap_err();
+    assert!(["forbidden", "not-found"].contains(&refused.code.as_str()), "{refused:?}");
+    stage.strike().await;
+}
