@@ -55,10 +55,15 @@ pub(crate) fn request_of<T: Message>(method: &str, request: &tonic::Request<T>) 
 }
 
 /// As `request_of`, for a call whose body is not one message.
-pub(crate) fn request_named(method: &str, metadata: &tonic::metadata::MetadataMap, body: &[u8]) -> Result<Request, ApiError> {
+pub(crate) fn request_named(
+    method: &str,
+    metadata: &tonic::metadata::MetadataMap,
+    body: &[u8],
+) -> Result<Request, ApiError> {
     let text = metadata.get(REQUEST_KEY).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let id: RequestId =
-        text.parse().map_err(|()| ApiError::invalid(format!("{REQUEST_KEY} is '{text}', but must be a UUID chosen by the client")))?;
+    let id: RequestId = text.parse().map_err(|()| {
+        ApiError::invalid(format!("{REQUEST_KEY} is '{text}', but must be a UUID chosen by the client"))
+    })?;
     let mut hasher = blake3::Hasher::new();
     hasher.update(method.as_bytes()).update(&[0]).update(body);
     let mut half = [0; 16];

@@ -22,11 +22,17 @@ pub(crate) struct Admission {
 
 #[tonic::async_trait]
 impl Join for Admission {
-    async fn join_controller(&self, request: Request<proto::JoinRequest>) -> Result<Response<proto::JoinControllerReply>, Status> {
+    async fn join_controller(
+        &self,
+        request: Request<proto::JoinRequest>,
+    ) -> Result<Response<proto::JoinControllerReply>, Status> {
         Ok(Response::new(self.controller(request.into_inner()).await?))
     }
 
-    async fn join_agent(&self, request: Request<proto::JoinRequest>) -> Result<Response<proto::JoinAgentReply>, Status> {
+    async fn join_agent(
+        &self,
+        request: Request<proto::JoinRequest>,
+    ) -> Result<Response<proto::JoinAgentReply>, Status> {
         Ok(Response::new(self.agent(request.into_inner()).await?))
     }
 }
@@ -75,7 +81,12 @@ impl Admission {
         })
     }
 
-    async fn admit(&self, token: &JoinToken, body: &proto::JoinRequest, command: PlannerCommand) -> Result<Reply, ApiError> {
+    async fn admit(
+        &self,
+        token: &JoinToken,
+        body: &proto::JoinRequest,
+        command: PlannerCommand,
+    ) -> Result<Reply, ApiError> {
         let half = |parts: &[&[u8]]| {
             let mut hasher = blake3::Hasher::new();
             parts.iter().for_each(|part| {

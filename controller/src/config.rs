@@ -49,8 +49,9 @@ const FILE: &str = "controller.toml";
 impl Config {
     pub fn load(data: &Path) -> Result<Self> {
         let path = data.join(FILE);
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("{} is not the data directory of a controller (init or join first)", data.display()))?;
+        let text = std::fs::read_to_string(&path).with_context(|| {
+            format!("{} is not the data directory of a controller (init or join first)", data.display())
+        })?;
         toml::from_str(&text).with_context(|| format!("{} is not valid", path.display()))
     }
 

@@ -66,7 +66,10 @@ impl Core {
                 self.linearize().await?;
             }
             let (remembered, command) = self.replica.read_indexed(|state, index| {
-                let seen = state.requests().get(&request.id).map(|seen| (seen.body == request.body, seen.reply.clone(), index));
+                let seen = state
+                    .requests()
+                    .get(&request.id)
+                    .map(|seen| (seen.body == request.body, seen.reply.clone(), index));
                 (seen, command(state))
             });
             match remembered {
@@ -88,7 +91,12 @@ impl Core {
         Err(ApiError::internal("the second look at the state is always the last"))
     }
 
-    pub async fn propose(&self, actor: Actor, request: Option<Request>, command: Command) -> Result<Committed, ApiError> {
+    pub async fn propose(
+        &self,
+        actor: Actor,
+        request: Option<Request>,
+        command: Command,
+    ) -> Result<Committed, ApiError> {
         self.replica.propose(Proposal { request, actor, command }).await.map_err(propose_error)
     }
 
@@ -117,7 +125,9 @@ pub(crate) fn now() -> Timestamp {
 
 pub(crate) fn read_error(error: ReadError) -> ApiError {
     match error {
-        ReadError::NoQuorum => ApiError::no_quorum("no majority of the controllers answers, so a current answer cannot be given (try --stale)"),
+        ReadError::NoQuorum => ApiError::no_quorum(
+            "no majority of the controllers answers, so a current answer cannot be given (try --stale)",
+        ),
         ReadError::Timeout => ApiError::new("unavailable", "the quorum did not confirm the read in time"),
         ReadError::Stopped => ApiError::new("unavailable", "this controller is stopping"),
     }
@@ -128,9 +138,9 @@ pub(crate) fn propose_error(error: ProposeError) -> ApiError {
         ProposeError::NoQuorum | ProposeError::NotLeader => {
             ApiError::no_quorum("no majority of the controllers answers; nothing was changed")
         }
-        ProposeError::Unknown => {
-            ApiError::timeout("the quorum did not confirm the change in time; it may or may not happen (repeat it with the same request id)")
-        }
+        ProposeError::Unknown => ApiError::timeout(
+            "the quorum did not confirm the change in time; it may or may not happen (repeat it with the same request id)",
+        ),
         ProposeError::Overloaded => ApiError::overloaded("too many changes are under way; nothing was changed"),
         ProposeError::TooLarge { bytes, limit } => {
             ApiError::new("too-large", format!("the request has {bytes} bytes, at most {limit} are allowed"))

@@ -19,7 +19,8 @@ pub(crate) async fn keep(core: &Core) {
         sleep(PAUSE).await;
         let members = core.replica.status().members;
         let (joined, removed) = core.replica.read(|state| {
-            let (removed, joined): (Vec<_>, Vec<_>) = state.controllers().values().cloned().partition(|row| row.removed);
+            let (removed, joined): (Vec<_>, Vec<_>) =
+                state.controllers().values().cloned().partition(|row| row.removed);
             (joined, removed)
         });
         for row in joined {

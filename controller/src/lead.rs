@@ -21,7 +21,10 @@ const BREATH: Duration = Duration::from_millis(10);
 pub(crate) async fn lead(core: Arc<Core>) {
     let mut leadership = core.replica.watch_leadership();
     loop {
-        let Ok(term) = leadership.wait_for(|leadership| leadership.leading).await.map(|leadership| leadership.term) else { return };
+        let Ok(term) = leadership.wait_for(|leadership| leadership.leading).await.map(|leadership| leadership.term)
+        else {
+            return;
+        };
         tracing::info!(term, "this controller leads");
         core.hear(|ears| ears.leader_since = now());
         let term_ended = async {

@@ -6,21 +6,21 @@
 
 #![forbid(unsafe_code)]
 
-mod config;
-mod found;
-mod enrol;
-mod run;
-mod core;
 mod access;
-mod name;
-mod view;
-mod service;
-mod replicas;
 mod admit;
-mod session;
+mod config;
+mod core;
+mod enrol;
+mod found;
 mod hear;
-mod lead;
 mod keep;
+mod lead;
+mod name;
+mod replicas;
+mod run;
+mod service;
+mod session;
+mod view;
 
 pub use config::Timing;
 pub use enrol::{JoinArgs, join};

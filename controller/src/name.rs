@@ -42,7 +42,12 @@ pub(crate) fn vm<'a>(state: &'a State, caller: &Caller, tenant_name: &str, name:
     row.filter(|vm| !vm.ghost).ok_or_else(|| missing("vm", name))
 }
 
-pub(crate) fn network<'a>(state: &'a State, caller: &Caller, tenant_name: &str, name: &str) -> Result<&'a Network, ApiError> {
+pub(crate) fn network<'a>(
+    state: &'a State,
+    caller: &Caller,
+    tenant_name: &str,
+    name: &str,
+) -> Result<&'a Network, ApiError> {
     let row = match name.parse() {
         Ok(id) => state.networks().get(&id).filter(|network| may_see(caller, network.tenant)),
         Err(()) => state.network_named(tenant(state, caller, tenant_name)?.id, name),
@@ -50,7 +55,12 @@ pub(crate) fn network<'a>(state: &'a State, caller: &Caller, tenant_name: &str, 
     row.ok_or_else(|| missing("network", name))
 }
 
-pub(crate) fn image<'a>(state: &'a State, caller: &Caller, tenant_name: &str, name: &str) -> Result<&'a Image, ApiError> {
+pub(crate) fn image<'a>(
+    state: &'a State,
+    caller: &Caller,
+    tenant_name: &str,
+    name: &str,
+) -> Result<&'a Image, ApiError> {
     let row = match name.parse() {
         Ok(id) => state.images().get(&id).filter(|image| may_see(caller, image.tenant)),
         Err(()) => state.image_named(tenant(state, caller, tenant_name)?.id, name),

@@ -55,7 +55,9 @@ pub(crate) async fn upload(
         senders.push(sender);
     }
     let mut sent = 0;
-    while let Some(message) = timeout(STALL, parts.message()).await.map_err(|_| ApiError::timeout("the upload stalled"))?? {
+    while let Some(message) =
+        timeout(STALL, parts.message()).await.map_err(|_| ApiError::timeout("the upload stalled"))??
+    {
         let Some(Part::Data(data)) = message.part else {
             return Err(ApiError::invalid("a header came twice, but only the first message may be one"));
         };
@@ -72,10 +74,15 @@ pub(crate) async fn upload(
         }
     }
     if sent != size_bytes {
-        return Err(ApiError::invalid(format!("size_bytes is '{size_bytes}', but must be what was sent ({sent} bytes)")));
+        return Err(ApiError::invalid(format!(
+            "size_bytes is '{size_bytes}', but must be what was sent ({sent} bytes)"
+        )));
     }
     drop(senders);
-    while let Some(put) = timeout(SYNC, puts.join_next()).await.map_err(|_| ApiError::timeout("a node did not confirm the image in time"))? {
+    while let Some(put) = timeout(SYNC, puts.join_next())
+        .await
+        .map_err(|_| ApiError::timeout("a node did not confirm the image in time"))?
+    {
         put.map_err(|e| ApiError::internal(format!("an upload to a node ended: {e}")))??;
     }
     Ok(())
@@ -116,12 +123,19 @@ pub(crate) async fn download(
     Err(last)
 }
 
-pub(crate) async fn console_log(core: &Core, address: &str, vm: VmId, max_bytes: u32) -> Result<proto::ConsoleLogReply, ApiError> {
+pub(crate) async fn console_log(
+    core: &Core,
+    address: &str,
+    vm: VmId,
+    max_bytes: u32,
+) -> Result<proto::ConsoleLogReply, ApiError> {
     let mut request = Request::new(proto::GuestConsoleLogRequest { vm: vm.to_string(), max_bytes });
     request.set_timeout(CONSOLE);
     match timeout(CONSOLE, node(core, address)?.guest_console_log(request)).await {
         Ok(Ok(reply)) => Ok(reply.into_inner()),
-        Ok(Err(status)) => Err(ApiError::new("unavailable", format!("the node's agent answered: {}", status.message()))),
+        Ok(Err(status)) => {
+            Err(ApiError::new("unavailable", format!("the node's agent answered: {}", status.message())))
+        }
         Err(_) => Err(ApiError::new("unavailable", "the node's agent does not answer")),
     }
 }

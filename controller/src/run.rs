@@ -54,8 +54,10 @@ pub async fn run(args: RunArgs, shutdown: impl Future<Output = ()>) -> Result<()
     let identity = Identity::load(&args.data)?.with_context(|| format!("{} has no identity", args.data.display()))?;
     let authority =
         CertificateAuthority::load(&args.data)?.with_context(|| format!("{} has no authority", args.data.display()))?;
-    let tcp = TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {} (TCP)", config.listen))?;
-    let udp = UdpSocket::bind(config.listen).await.with_context(|| format!("cannot listen on {} (UDP)", config.listen))?;
+    let tcp =
+        TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {} (TCP)", config.listen))?;
+    let udp =
+        UdpSocket::bind(config.listen).await.with_context(|| format!("cannot listen on {} (UDP)", config.listen))?;
     let unix = unix_listener(&args.data)?;
     let replica = Replica::open(replica_config(&config, args.data.clone(), &identity)).await?;
     let core = Arc::new(Core { replica, authority, identity, ears: Mutex::new(Telemetry::default()) });

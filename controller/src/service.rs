@@ -41,7 +41,12 @@ fn answer<T>(result: Result<T, ApiError>) -> Answer<T> {
 
 impl Service {
     /// A mutating call: who asks, under which request id, and the command that its names come to.
-    async fn change<B, F>(&self, method: &str, request: &Request<B>, command: F) -> Result<(Caller, u64, Reply), ApiError>
+    async fn change<B, F>(
+        &self,
+        method: &str,
+        request: &Request<B>,
+        command: F,
+    ) -> Result<(Caller, u64, Reply), ApiError>
     where
         B: Message,
         F: Fn(&State, &Caller, &B) -> Result<Command, ApiError>,
@@ -53,7 +58,9 @@ impl Service {
         let changed = self.core.change(&caller.actor(), id, make).await;
         match &changed {
             Ok((index, _)) => tracing::info!(request = %id.id, user = caller.name, method, index, "changed"),
-            Err(error) => tracing::info!(request = %id.id, user = caller.name, method, code = error.code, %error, "refused"),
+            Err(error) => {
+                tracing::info!(request = %id.id, user = caller.name, method, code = error.code, %error, "refused")
+            }
         }
         let (index, reply) = changed?;
         Ok((caller, index, reply))
@@ -194,7 +201,10 @@ impl Trefoil for Service {
         self.do_change("RemoveNode", request, node::remove).await
     }
 
-    async fn issue_join_token(&self, request: Request<proto::IssueJoinTokenRequest>) -> Answer<proto::IssueJoinTokenReply> {
+    async fn issue_join_token(
+        &self,
+        request: Request<proto::IssueJoinTokenRequest>,
+    ) -> Answer<proto::IssueJoinTokenReply> {
         answer(self.join_token_issue(request).await)
     }
     async fn quorum_status(&self, request: Request<proto::QuorumStatusRequest>) -> Answer<proto::QuorumStatusReply> {

@@ -132,8 +132,12 @@ impl Session {
         let (node, incarnation) = (self.node, self.incarnation);
         let (command, number) = match message {
             FromAgent::Hello { .. } => return Err(ApiError::invalid("a hello came twice")),
-            FromAgent::VmReports { number, reports } => (NodeCommand::ReportVms { node, incarnation, reports }, Some(number)),
-            FromAgent::ImageReports { number, reports } => (NodeCommand::ReportImages { node, incarnation, reports }, Some(number)),
+            FromAgent::VmReports { number, reports } => {
+                (NodeCommand::ReportVms { node, incarnation, reports }, Some(number))
+            }
+            FromAgent::ImageReports { number, reports } => {
+                (NodeCommand::ReportImages { node, incarnation, reports }, Some(number))
+            }
             FromAgent::Summary(summary) => (NodeCommand::Summarise { node, incarnation, summary }, None),
         };
         let committed = self.core.propose(Actor::Node(node), None, Command::Node(command)).await?;

@@ -2,9 +2,8 @@
 
 use api::proto;
 use model::{
-    Capacity, HypervisorKind, Image, ImageFormat, Network, Node, NodeState, Quota, ReplicaState, State, Telemetry, Template, Tenant,
-    Timestamp, Vm, bill::Bill,
-    bill::EXACT_PER_NANO,
+    Capacity, HypervisorKind, Image, ImageFormat, Network, Node, NodeState, Quota, ReplicaState, State, Telemetry,
+    Template, Tenant, Timestamp, Vm, bill::Bill, bill::EXACT_PER_NANO,
 };
 
 pub(crate) fn vm(state: &State, ears: &Telemetry, vm: &Vm) -> proto::Vm {
@@ -14,7 +13,10 @@ pub(crate) fn vm(state: &State, ears: &Telemetry, vm: &Vm) -> proto::Vm {
         (status.epoch == placement.epoch).then_some(status)
     });
     let nic = |nic: &model::Nic| proto::Nic {
-        network: state.networks().get(&nic.network).map_or_else(|| nic.network.to_string(), |network| network.name.clone()),
+        network: state
+            .networks()
+            .get(&nic.network)
+            .map_or_else(|| nic.network.to_string(), |network| network.name.clone()),
         mac: nic.mac.to_string(),
         ip: nic.ip.to_string(),
     };
@@ -109,7 +111,9 @@ pub(crate) fn image(state: &State, image: &Image) -> proto::Image {
         virtual_bytes: image.virtual_bytes,
         digest: image.digest.to_string(),
         wanted_replicas: image.wanted_replicas,
-        replicas: good.map(|(id, _)| state.nodes().get(id).map_or_else(|| id.to_string(), |node| node.name.clone())).collect(),
+        replicas: good
+            .map(|(id, _)| state.nodes().get(id).map_or_else(|| id.to_string(), |node| node.name.clone()))
+            .collect(),
         created_at_millis: image.created_at.0,
     }
 }
@@ -117,7 +121,12 @@ pub(crate) fn image(state: &State, image: &Image) -> proto::Image {
 pub(crate) fn tenant(state: &State, tenant: &Tenant) -> proto::Tenant {
     let usage = state.usage(tenant.id);
     let used = Quota { vms: usage.vms, size: usage.size, networks: usage.networks, image_bytes: usage.image_bytes };
-    proto::Tenant { id: tenant.id.to_string(), name: tenant.name.clone(), quota: Some(quota(tenant.quota)), used: Some(quota(used)) }
+    proto::Tenant {
+        id: tenant.id.to_string(),
+        name: tenant.name.clone(),
+        quota: Some(quota(tenant.quota)),
+        used: Some(quota(used)),
+    }
 }
 
 pub(crate) fn quota(quota: Quota) -> proto::Quota {
@@ -136,7 +145,11 @@ pub(crate) fn quota_from(wire: proto::Quota) -> Quota {
     let limit = |value: u64| if value == 0 { u64::MAX } else { value };
     Quota {
         vms: limit(wire.vms),
-        size: Capacity { vcpus: limit(wire.vcpus), memory_bytes: limit(wire.memory_bytes), disk_bytes: limit(wire.disk_bytes) },
+        size: Capacity {
+            vcpus: limit(wire.vcpus),
+            memory_bytes: limit(wire.memory_bytes),
+            disk_bytes: limit(wire.disk_bytes),
+        },
         networks: limit(wire.networks),
         image_bytes: limit(wire.image_bytes),
     }

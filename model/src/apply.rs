@@ -4,8 +4,8 @@
 //! command here; the handlers live by noun below.
 
 use crate::{
-    Actor, Command, Entry, NodeCommand, OperatorCommand, PlannerCommand, Rejection, Remembered, Reply, Role, State, TenantCommand,
-    TenantId, Timestamp, setting,
+    Actor, Command, Entry, NodeCommand, OperatorCommand, PlannerCommand, Rejection, Remembered, Reply, Role, State,
+    TenantCommand, TenantId, Timestamp, setting,
 };
 
 mod check;
@@ -85,7 +85,12 @@ impl State {
             C::CreateNetwork { tenant, name, range } => self.create_network(m, *tenant, name, *range),
             C::DeleteNetwork { network } => self.delete_network(m, *network),
             C::ImportImage { tenant, name, format, size_bytes, virtual_bytes, digest, replicas } => {
-                let file = image::File { format: *format, size_bytes: *size_bytes, virtual_bytes: *virtual_bytes, digest: *digest };
+                let file = image::File {
+                    format: *format,
+                    size_bytes: *size_bytes,
+                    virtual_bytes: *virtual_bytes,
+                    digest: *digest,
+                };
                 self.import_image(m, *tenant, name, file, replicas)
             }
             C::DeleteImage { image } => self.delete_image(m, *image),

@@ -8,7 +8,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, ReplicaState, State, Vm, VmId, Wanted};
+use crate::{
+    Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, ReplicaState, State, Vm, VmId, Wanted,
+};
 
 /// Everything that a host should have. The agent refuses one whose generation is lower than one it has seen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -191,7 +193,8 @@ impl State {
     /// One wish a digest, although several images may have the same bytes.
     fn replica_wishes(&self, node: &Node) -> Vec<ImageWish> {
         let kept = self.index.images_by_node.get(&node.id).into_iter().flatten().filter_map(|id| self.images().get(id));
-        let by_digest: BTreeMap<Digest, ImageWish> = kept.map(|image| (image.digest, self.image_wish(node, image))).collect();
+        let by_digest: BTreeMap<Digest, ImageWish> =
+            kept.map(|image| (image.digest, self.image_wish(node, image))).collect();
         by_digest.into_values().collect()
     }
 
@@ -207,7 +210,13 @@ impl State {
             let network = self.networks().get(&id)?;
             let hosts = self.index.network_nodes.get(&id).into_iter().flatten().map(|(host, _)| *host);
             let peers = hosts.filter(|host| *host != node.id).filter_map(|host| self.nodes().get(&host));
-            Some(NetworkWish { network: id, vni: network.vni, range: network.range, peers: peers.map(|peer| peer.underlay).collect(), leases })
+            Some(NetworkWish {
+                network: id,
+                vni: network.vni,
+                range: network.range,
+                peers: peers.map(|peer| peer.underlay).collect(),
+                leases,
+            })
         };
         leases.into_iter().filter_map(wish).collect()
     }

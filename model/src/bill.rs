@@ -34,11 +34,29 @@ pub fn bill(state: &State, tenant: TenantId, from: Timestamp, to: Timestamp) -> 
     let to = to.min(state.now());
     let ended = state.lines().range((tenant, 0)..=(tenant, u64::MAX)).map(|(_, line)| {
         let (name, status) = (line.name.clone(), line.status.clone());
-        BillLine { resource: line.resource, name, status, weight_milli: line.weight_milli, from: line.from, to: line.to, open: false, exact: 0 }
+        BillLine {
+            resource: line.resource,
+            name,
+            status,
+            weight_milli: line.weight_milli,
+            from: line.from,
+            to: line.to,
+            open: false,
+            exact: 0,
+        }
     });
     let open = state.meters().values().filter(|meter| meter.tenant == tenant).map(|meter| {
         let (name, status) = (meter.name.clone(), meter.status.clone());
-        BillLine { resource: meter.resource, name, status, weight_milli: meter.weight_milli, from: meter.since, to: state.now(), open: true, exact: 0 }
+        BillLine {
+            resource: meter.resource,
+            name,
+            status,
+            weight_milli: meter.weight_milli,
+            from: meter.since,
+            to: state.now(),
+            open: true,
+            exact: 0,
+        }
     });
     let mut lines: Vec<BillLine> = ended.chain(open).filter_map(|line| cut(line, from, to)).collect();
     for line in &mut lines {

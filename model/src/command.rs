@@ -5,8 +5,8 @@ use std::{fmt, net::IpAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capacity, Cidr, ControllerId, Digest, HypervisorKind, ImageFormat, ImageId, JoinRole, NetworkId, NodeId, NodeSummary,
-    Phase, Quota, RequestId, Role, TenantId, Timestamp, VmId, Wanted,
+    Capacity, Cidr, ControllerId, Digest, HypervisorKind, ImageFormat, ImageId, JoinRole, NetworkId, NodeId,
+    NodeSummary, Phase, Quota, RequestId, Role, TenantId, Timestamp, VmId, Wanted,
 };
 
 /// One log slot. The proposer stamps the time; the client chose the request id.
@@ -30,7 +30,10 @@ pub struct Request {
 /// Who asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Actor {
-    User { name: String, role: Role },
+    User {
+        name: String,
+        role: Role,
+    },
     Node(NodeId),
     /// A controller itself: its planners, its quorum operations.
     System,
@@ -58,14 +61,29 @@ pub enum TenantCommand {
         user_data: String,
     },
     /// Run it, suspend it or stop it; what it is now does not matter.
-    SetVmPower { vm: VmId, wanted: Wanted, stop_grace_millis: u64 },
+    SetVmPower {
+        vm: VmId,
+        wanted: Wanted,
+        stop_grace_millis: u64,
+    },
     /// Boot it again.
-    RebootVm { vm: VmId },
+    RebootVm {
+        vm: VmId,
+    },
     /// Remove it; with `force` it is gone for its owner at once, even when its host cannot be reached.
-    DeleteVm { vm: VmId, force: bool },
-    CreateNetwork { tenant: TenantId, name: String, range: Cidr },
+    DeleteVm {
+        vm: VmId,
+        force: bool,
+    },
+    CreateNetwork {
+        tenant: TenantId,
+        name: String,
+        range: Cidr,
+    },
     /// Refused while a machine is in it.
-    DeleteNetwork { network: NetworkId },
+    DeleteNetwork {
+        network: NetworkId,
+    },
     /// The bytes are already on `replicas`, synced and verified.
     ImportImage {
         tenant: TenantId,
@@ -77,31 +95,78 @@ pub enum TenantCommand {
         replicas: Vec<NodeId>,
     },
     /// Refused while a machine is made from it.
-    DeleteImage { image: ImageId },
+    DeleteImage {
+        image: ImageId,
+    },
     /// Write a tag; with `expected` only when its version is that (0: it does not exist).
-    SetTag { tenant: TenantId, key: String, value: String, expected: Option<u64> },
-    DeleteTag { tenant: TenantId, key: String, expected: Option<u64> },
+    SetTag {
+        tenant: TenantId,
+        key: String,
+        value: String,
+        expected: Option<u64>,
+    },
+    DeleteTag {
+        tenant: TenantId,
+        key: String,
+        expected: Option<u64>,
+    },
 }
 
 /// What only an operator may ask.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OperatorCommand {
-    CreateTenant { name: String, quota: Quota },
-    SetQuota { tenant: TenantId, quota: Quota },
+    CreateTenant {
+        name: String,
+        quota: Quota,
+    },
+    SetQuota {
+        tenant: TenantId,
+        quota: Quota,
+    },
     /// Refused while it holds anything.
-    DeleteTenant { tenant: TenantId },
-    CreateUser { name: String, role: Role, token: Digest },
-    DeleteUser { name: String },
-    CreateTemplate { name: String, size: Capacity, weight_milli: u64 },
-    DeleteTemplate { name: String },
+    DeleteTenant {
+        tenant: TenantId,
+    },
+    CreateUser {
+        name: String,
+        role: Role,
+        token: Digest,
+    },
+    DeleteUser {
+        name: String,
+    },
+    CreateTemplate {
+        name: String,
+        size: Capacity,
+        weight_milli: u64,
+    },
+    DeleteTemplate {
+        name: String,
+    },
     /// Names and ranges: `crate::setting::SETTINGS`.
-    SetSetting { name: String, value: u64 },
+    SetSetting {
+        name: String,
+        value: u64,
+    },
     /// The price of weight 1 for an hour, in nano-units, from a time that has not passed.
-    SetPrice { nano_per_hour: u64, from: Timestamp },
-    IssueJoinToken { token: Digest, role: JoinRole, valid_millis: u64 },
-    CordonNode { node: NodeId, cordoned: bool },
+    SetPrice {
+        nano_per_hour: u64,
+        from: Timestamp,
+    },
+    IssueJoinToken {
+        token: Digest,
+        role: JoinRole,
+        valid_millis: u64,
+    },
+    CordonNode {
+        node: NodeId,
+        cordoned: bool,
+    },
     /// Forget a host; refused while it has machines, unless `force` says that it is gone for ever.
-    RemoveNode { node: NodeId, force: bool },
+    RemoveNode {
+        node: NodeId,
+        force: bool,
+    },
 }
 
 /// What a host's agent says, through the controller that it is connected to.
@@ -123,6 +188,8 @@ pub struct VmReport {
     pub vm: VmId,
     /// The placement that the report is about.
     pub epoch: u64,
+    /// The attempt of the wish that it answers: a failure of an earlier one is old news.
+    pub attempt: u32,
     pub phase: Phase,
     /// The last requested reboot that was carried out.
     pub rebooted: u32,
@@ -180,8 +247,12 @@ impl fmt::Display for PlannerCommand {
             Self::DeferVm { vm, reason } => write!(f, "defer {vm}: {reason}"),
             Self::RetryVm { vm } => write!(f, "retry {vm}"),
             Self::ExpireVm { vm } => write!(f, "expire {vm}"),
-            Self::SetNodeSilent { node, incarnation, silent: true } => write!(f, "{node} incarnation {incarnation} is silent"),
-            Self::SetNodeSilent { node, incarnation, silent: false } => write!(f, "{node} incarnation {incarnation} is heard"),
+            Self::SetNodeSilent { node, incarnation, silent: true } => {
+                write!(f, "{node} incarnation {incarnation} is silent")
+            }
+            Self::SetNodeSilent { node, incarnation, silent: false } => {
+                write!(f, "{node} incarnation {incarnation} is heard")
+            }
             Self::AddReplica { image, node } => write!(f, "copy {image} to {node}"),
         }
     }

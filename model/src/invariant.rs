@@ -28,14 +28,21 @@ pub fn check(state: &State) -> Result<(), String> {
 }
 
 fn indexes_are_true(state: &State) -> Result<(), String> {
-    if state.rebuilt_index() == *state.kept_index() { Ok(()) } else { Err("a kept index differs from a rebuilt one".into()) }
+    if state.rebuilt_index() == *state.kept_index() {
+        Ok(())
+    } else {
+        Err("a kept index differs from a rebuilt one".into())
+    }
 }
 
 fn addresses_are_unique(state: &State) -> Result<(), String> {
     let mut macs: BTreeSet<Mac> = BTreeSet::new();
     let mut ips = BTreeSet::new();
     for (vm, nic) in state.vms().values().flat_map(|vm| vm.nics.iter().map(move |nic| (vm.id, nic))) {
-        let network = state.networks().get(&nic.network).ok_or_else(|| format!("{vm} is in {} which does not exist", nic.network))?;
+        let network = state
+            .networks()
+            .get(&nic.network)
+            .ok_or_else(|| format!("{vm} is in {} which does not exist", nic.network))?;
         if !macs.insert(nic.mac) || !ips.insert((nic.network, nic.ip)) {
             return Err(format!("{vm} has {} and {} which another has too", nic.mac, nic.ip));
         }
@@ -102,7 +109,11 @@ fn meters_follow_phases(state: &State) -> Result<(), String> {
 
 fn transitions_end(state: &State) -> Result<(), String> {
     let stuck = |vm: &&crate::Vm| vm.in_transition() && !vm.ghost && vm.placement.is_some() && vm.deadline.is_none();
-    state.vms().values().find(stuck).map_or(Ok(()), |vm| Err(format!("{} is {} without a deadline", vm.id, vm.status())))
+    state
+        .vms()
+        .values()
+        .find(stuck)
+        .map_or(Ok(()), |vm| Err(format!("{} is {} without a deadline", vm.id, vm.status())))
 }
 
 fn lines_do_not_overlap(state: &State) -> Result<(), String> {
@@ -110,10 +121,16 @@ fn lines_do_not_overlap(state: &State) -> Result<(), String> {
     for line in state.lines().values() {
         let end = ends.entry((line.tenant, line.resource)).or_default();
         if line.from < *end || line.from >= line.to {
-            return Err(format!("{} is charged from {} although it was charged until {}", line.resource, line.from.0, end.0));
+            return Err(format!(
+                "{} is charged from {} although it was charged until {}",
+                line.resource, line.from.0, end.0
+            ));
         }
         *end = line.to;
     }
-    let open = state.meters().values().find(|meter| ends.get(&(meter.tenant, meter.resource)).is_some_and(|end| meter.since < *end));
+    let open = state
+        .meters()
+        .values()
+        .find(|meter| ends.get(&(meter.tenant, meter.resource)).is_some_and(|end| meter.since < *end));
     open.map_or(Ok(()), |meter| Err(format!("{} has a meter that began before its last line ended", meter.resource)))
 }

@@ -11,24 +11,26 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::float_arithmetic)]
 
-pub mod id;
-pub mod value;
-pub mod noun;
-pub mod command;
-pub mod table;
-pub mod state;
 pub mod apply;
 pub mod assignment;
-pub mod steps;
-pub mod telemetry;
-pub mod plan;
 pub mod bill;
-pub mod setting;
+pub mod command;
+pub mod id;
 pub mod invariant;
+pub mod noun;
+pub mod plan;
+pub mod setting;
+pub mod state;
+pub mod steps;
+pub mod table;
+pub mod telemetry;
+pub mod value;
 
 pub use apply::Applied;
 pub use assignment::{Assignment, ImageWish, NetworkWish, NicWish, Power, VmWish};
-pub use command::{Actor, Command, Entry, NodeCommand, OperatorCommand, PlannerCommand, Rejection, Reply, Request, TenantCommand};
+pub use command::{
+    Actor, Command, Entry, NodeCommand, OperatorCommand, PlannerCommand, Rejection, Reply, Request, TenantCommand,
+};
 pub use id::{ControllerId, ImageId, NetworkId, NodeId, RequestId, TenantId, VmId};
 pub use noun::*;
 pub use state::State;

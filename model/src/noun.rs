@@ -1,6 +1,10 @@
 //! The things a cloud is made of, one row type per noun. Rows are plain data; `apply` alone changes them.
 
-use std::{collections::BTreeMap, fmt, net::{IpAddr, Ipv4Addr}};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use serde::{Deserialize, Serialize};
 

@@ -46,7 +46,11 @@ fn due(state: &State, now: Timestamp) -> Vec<PlannerCommand> {
     let passed = state.index.due.iter().take_while(|(at, _)| *at <= now).take(BATCH);
     let judge = |(at, vm): &(Timestamp, crate::VmId)| {
         let row = state.vms().get(vm)?;
-        Some(if row.deadline == Some(*at) { PlannerCommand::ExpireVm { vm: *vm } } else { PlannerCommand::RetryVm { vm: *vm } })
+        Some(if row.deadline == Some(*at) {
+            PlannerCommand::ExpireVm { vm: *vm }
+        } else {
+            PlannerCommand::RetryVm { vm: *vm }
+        })
     };
     passed.filter_map(judge).collect()
 }
@@ -69,7 +73,12 @@ fn place(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
     commands
 }
 
-fn idlest(state: &State, telemetry: &Telemetry, promised: &BTreeMap<NodeId, Capacity>, vm: &Vm) -> Result<NodeId, String> {
+fn idlest(
+    state: &State,
+    telemetry: &Telemetry,
+    promised: &BTreeMap<NodeId, Capacity>,
+    vm: &Vm,
+) -> Result<NodeId, String> {
     let mut refusals: BTreeMap<String, u32> = BTreeMap::new();
     let mut best: Option<(u64, usize, NodeId)> = None;
     for node in state.nodes().values() {
@@ -97,12 +106,14 @@ fn idlest(state: &State, telemetry: &Telemetry, promised: &BTreeMap<NodeId, Capa
 /// Weighted use, in thousandths: of each resource what is used or promised, whichever is more, because a machine that
 /// was just placed does not show in the node's use yet.
 fn load_permille(state: &State, telemetry: &Telemetry, node: &Node, extra: Capacity) -> u64 {
-    let share = |part: u64, whole: u64| u64::try_from(u128::from(part) * 1000 / u128::from(whole.max(1))).unwrap_or(u64::MAX);
+    let share =
+        |part: u64, whole: u64| u64::try_from(u128::from(part) * 1000 / u128::from(whole.max(1))).unwrap_or(u64::MAX);
     let room = state.promisable(node);
     let promised = state.reserved(node.id).plus(extra);
     let used = telemetry.nodes.get(&node.id).map(|heard| heard.status.clone()).unwrap_or_default();
     let cpu = u64::from(used.cpu_permille).max(share(promised.vcpus, room.vcpus));
-    let memory = share(used.memory_used_bytes, used.memory_total_bytes).max(share(promised.memory_bytes, room.memory_bytes));
+    let memory =
+        share(used.memory_used_bytes, used.memory_total_bytes).max(share(promised.memory_bytes, room.memory_bytes));
     let disk = share(used.disk_used_bytes, used.disk_total_bytes).max(share(promised.disk_bytes, room.disk_bytes));
     [(cpu, setting::WEIGHT_CPU), (memory, setting::WEIGHT_MEMORY), (disk, setting::WEIGHT_DISK)]
         .into_iter()
@@ -119,7 +130,11 @@ fn replicate(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
         };
         image.replicas.iter().any(sound).then_some(())?;
         let fit = |node: &&Node| node.state == NodeState::Up && !image.replicas.contains_key(&node.id);
-        let node = state.nodes().values().filter(fit).max_by_key(|node| (free_disk(telemetry, node), std::cmp::Reverse(node.id)))?;
+        let node = state
+            .nodes()
+            .values()
+            .filter(fit)
+            .max_by_key(|node| (free_disk(telemetry, node), std::cmp::Reverse(node.id)))?;
         Some(PlannerCommand::AddReplica { image: *id, node: node.id })
     };
     state.index.thin_images.iter().take(BATCH).filter_map(judge).collect()
@@ -135,7 +150,9 @@ pub fn image_targets(state: &State, telemetry: &Telemetry, size_bytes: u64) -> V
 
 fn free_disk(telemetry: &Telemetry, node: &Node) -> u64 {
     match telemetry.nodes.get(&node.id) {
-        Some(heard) if heard.status.disk_total_bytes > 0 => heard.status.disk_total_bytes.saturating_sub(heard.status.disk_used_bytes),
+        Some(heard) if heard.status.disk_total_bytes > 0 => {
+            heard.status.disk_total_bytes.saturating_sub(heard.status.disk_used_bytes)
+        }
         _ => node.capacity.disk_bytes,
     }
 }

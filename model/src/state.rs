@@ -6,9 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    Capacity, Cluster, Controller, ControllerId, Digest, Image, ImageId, JoinToken, Line, Meter, Network, NetworkId, Node,
-    NodeId, Remembered, RequestId, Resource, Tag, Template, Tenant, TenantId, Timestamp, User, Vm, VmId,
-    setting,
+    Capacity, Cluster, Controller, ControllerId, Digest, Image, ImageId, JoinToken, Line, Meter, Network, NetworkId,
+    Node, NodeId, Remembered, RequestId, Resource, Tag, Template, Tenant, TenantId, Timestamp, User, Vm, VmId, setting,
     table::{LoadError, RowChange, Table},
 };
 
@@ -205,7 +204,12 @@ impl State {
     /// From the row after `after`, in order of id.
     pub fn vms_of_tenant_after(&self, tenant: TenantId, after: VmId) -> impl Iterator<Item = &Vm> {
         let later = (std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded);
-        self.index.vms_by_tenant.get(&tenant).into_iter().flat_map(move |ids| ids.range(later)).filter_map(|id| self.vms.get(id))
+        self.index
+            .vms_by_tenant
+            .get(&tenant)
+            .into_iter()
+            .flat_map(move |ids| ids.range(later))
+            .filter_map(|id| self.vms.get(id))
     }
     pub fn vms_on_node(&self, node: NodeId) -> impl Iterator<Item = &Vm> {
         self.index.vms_by_node.get(&node).into_iter().flatten().filter_map(|id| self.vms.get(id))
@@ -519,7 +523,8 @@ impl State {
     }
 
     fn members(&self, networks: &[NetworkId]) -> Vec<BTreeSet<NodeId>> {
-        let nodes = |network| self.index.network_nodes.get(network).into_iter().flatten().map(|(node, _)| *node).collect();
+        let nodes =
+            |network| self.index.network_nodes.get(network).into_iter().flatten().map(|(node, _)| *node).collect();
         networks.iter().map(nodes).collect()
     }
 

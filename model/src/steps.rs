@@ -204,6 +204,12 @@ impl Observed {
         self.told.get(&wish.vm).is_some_and(|told| told.report.phase == Phase::Failed && told.is_about(wish))
     }
 
+    /// The quorum knows that it is off, and its owner asked for it since.
+    fn asked_again(&self, wish: &VmWish) -> bool {
+        let told = self.told.get(&wish.vm).filter(|told| told.report.epoch == wish.epoch);
+        told.is_some_and(|told| told.report.phase == Phase::Stopped && told.attempt < wish.attempt)
+    }
+
     /// Nothing is here that this placement made, unless it came to be and is kept.
     fn free_of(&self, wish: &VmWish) -> bool {
         let memory = self.memory(wish);
@@ -292,7 +298,7 @@ fn machine(generation: u64, wish: &VmWish, found: &Observed, out: &mut Vec<Step>
         }
     };
     let rebooted = found.memory(wish).rebooted;
-    let report = VmReport { vm: wish.vm, epoch: wish.epoch, phase, rebooted, reason, retry };
+    let report = VmReport { vm: wish.vm, epoch: wish.epoch, attempt: wish.attempt, phase, rebooted, reason, retry };
     if found.told.get(&wish.vm).is_none_or(|told| !told.says(wish, &report)) {
         out.push(Step::Report(report));
     }
@@ -360,7 +366,7 @@ fn keep_on(wish: &VmWish, power: FoundPower, found: &Observed, memory: Memory) -
     let reboot_due = wish.reboots > memory.rebooted;
     match (power, wish.power) {
         // Pressed before its owner changed their mind: it may still go down, and is started again then.
-        (FoundPower::OffByGuest, _) if !memory.wished_off && !reboot_due => {
+        (FoundPower::OffByGuest, _) if !memory.wished_off && !reboot_due && !found.asked_again(wish) => {
             Next::Rest { phase: Phase::Stopped, reason: "the guest switched itself off", retry: false }
         }
         (FoundPower::OffByGuest | FoundPower::OffByAgent, _) => start(wish, found, memory, false),

@@ -1,6 +1,9 @@
 //! A table of rows in memory that knows which rows changed since they were last taken to disk.
 
-use std::{collections::{BTreeMap, BTreeSet}, ops::RangeBounds};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::RangeBounds,
+};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 

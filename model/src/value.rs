@@ -113,7 +113,8 @@ impl FromStr for Cidr {
         }
         let range = Self { first, prefix };
         let aligned = u32::from(first) & (range.size() - 1) == 0;
-        let unicast = !first.is_loopback() && !first.is_multicast() && !first.is_unspecified() && !first.is_link_local();
+        let unicast =
+            !first.is_loopback() && !first.is_multicast() && !first.is_unspecified() && !first.is_link_local();
         if aligned && unicast { Ok(range) } else { Err(()) }
     }
 }
@@ -155,7 +156,8 @@ mod tests {
         let range: Cidr = "10.0.0.0/24".parse().unwrap();
         assert_eq!((range.size(), range.gateway().to_string()), (256, "10.0.0.1".into()));
         assert_eq!(range.netmask().to_string(), "255.255.255.0");
-        for bad in ["10.0.0.1/24", "10.0.0.0/30", "10.0.0.0/7", "10.0.0/24", "127.0.0.0/24", "224.0.0.0/24", "10.0.0.0"] {
+        for bad in ["10.0.0.1/24", "10.0.0.0/30", "10.0.0.0/7", "10.0.0/24", "127.0.0.0/24", "224.0.0.0/24", "10.0.0.0"]
+        {
             assert_eq!(bad.parse::<Cidr>(), Err(()), "{bad}");
         }
         assert!(range.overlaps("10.0.0.128/25".parse().unwrap()) && !range.overlaps("10.0.1.0/24".parse().unwrap()));

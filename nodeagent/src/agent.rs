@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use api::{
     beat::BeatKey,
     client::{self, Joined},
@@ -31,7 +31,7 @@ use storage::images::ImageStore;
 use tokio::{
     net::TcpListener,
     sync::watch,
-    task::{JoinSet, spawn_blocking},
+    task::{JoinError, JoinSet, spawn_blocking},
     time::{MissedTickBehavior, interval},
 };
 use tonic::transport::{Server, server::TcpIncoming};
@@ -198,11 +198,16 @@ pub async fn run_in(
     parts.spawn(serve_data(host, listener));
     tokio::select! {
         () = shutdown => Ok(()),
-        ended = parts.join_next() => match ended {
-            Some(Ok(Err(error))) => Err(error),
-            Some(Err(panic)) => Err(panic).context("a part of the agent ended by a mistake in it"),
-            Some(Ok(Ok(()))) | None => bail!("a part of the agent ended without a reason"),
-        },
+        ended = parts.join_next() => Err(why_ended(ended)),
+    }
+}
+
+/// Parts run for ever; one that ended has a reason to tell.
+fn why_ended(part: Option<Result<Result<()>, JoinError>>) -> anyhow::Error {
+    match part {
+        Some(Ok(Err(error))) => error,
+        Some(Err(panic)) => anyhow::Error::new(panic).context("a part of the agent ended by a mistake in it"),
+        Some(Ok(Ok(()))) | None => anyhow!("a part of the agent ended without a reason"),
     }
 }
 

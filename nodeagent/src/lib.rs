@@ -6,18 +6,18 @@
 //! and `network` are the host's world, each with a real and a simulated implementation behind one trait.
 
 pub mod agent;
-pub mod membership;
-pub mod session;
 pub mod beat;
-pub mod outbox;
-pub mod view;
-pub mod executor;
-pub mod journal;
-pub mod host;
-pub mod data;
-pub mod images;
-pub mod summary;
 pub mod clock;
+pub mod data;
 pub mod durable;
+pub mod executor;
+pub mod host;
 pub mod hypervisor;
+pub mod images;
+pub mod journal;
+pub mod membership;
 pub mod network;
+pub mod outbox;
+pub mod session;
+pub mod summary;
+pub mod view;

@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     fn report(vm: u64, phase: Phase) -> VmReport {
-        VmReport { vm: VmId(vm), epoch: 1, phase, rebooted: 0, reason: String::new(), retry: false }
+        VmReport { vm: VmId(vm), epoch: 1, attempt: 0, phase, rebooted: 0, reason: String::new(), retry: false }
     }
 
     #[test]

@@ -38,6 +38,8 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
 /// controller, so a short pause hurts nobody.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A session that ended sooner was no success: each costs the quorum a log entry, so they must not follow at once.
+const SETTLED_MILLIS: u64 = 3_000;
 /// An alert that is still true is repeated this often.
 const ALERT_AGAIN_MILLIS: u64 = 60_000;
 /// Frames under way to the controller: more would only make an answer later.
@@ -97,11 +99,15 @@ impl Session {
         let mut pause = FIRST_PAUSE;
         let (mut lost_at, mut alert_at) = (clock::boottime_millis(), 0);
         loop {
+            let begun = clock::boottime_millis();
             let led = self.round().await;
             let now = clock::boottime_millis();
             if led {
-                (pause, lost_at, alert_at) = (FIRST_PAUSE, now, 0);
-            } else if pause == LONGEST_PAUSE && now >= alert_at {
+                (lost_at, alert_at) = (now, 0);
+            }
+            if led && now - begun >= SETTLED_MILLIS {
+                pause = FIRST_PAUSE;
+            } else if !led && pause == LONGEST_PAUSE && now >= alert_at {
                 alert_at = now + ALERT_AGAIN_MILLIS;
                 let seconds = (now - lost_at) / 1000;
                 tracing::error!(seconds, "no controller accepts a session; guests run on, and nothing can be changed");

@@ -45,6 +45,9 @@ pub struct Core {
 /// How often a caller looks again for a leader that it could not reach: a fraction of an election.
 const PAUSE: Duration = Duration::from_millis(25);
 
+/// A leader that handed over still answers what it had taken; one that died does not.
+const DEPOSED_GRACE: Duration = Duration::from_millis(250);
+
 impl Core {
     pub fn leadership(&self) -> Leadership {
         *self.leadership.borrow()
@@ -69,6 +72,24 @@ impl Core {
         match self.members().get(&id.0) {
             Some(address) => self.peers.call(id.0, address, call, deadline).await,
             None => Err(CallError::NotSent(tonic::Status::not_found("it is not a member"))),
+        }
+    }
+
+    /// Calls the leader, but not for long after another one is known: the old one may never answer.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn call_leader(&self, leader: ControllerId, call: &Call, deadline: Duration) -> Result<Answer, CallError> {
+        let mut leadership = self.leadership.subscribe();
+        let deposed = async {
+            let another = leadership.wait_for(|now| now.leader.is_some_and(|id| id != leader)).await;
+            // Without a sender this replica is gone, and so is whoever waits.
+            drop(another);
+            tokio::time::sleep(DEPOSED_GRACE).await;
+        };
+        tokio::select! {
+            outcome = self.call(leader, call, deadline) => outcome,
+            () = deposed => Err(CallError::Unclear(tonic::Status::aborted("another controller leads now"))),
         }
     }
 

@@ -64,7 +64,7 @@ impl Core {
             let attempt = match seen.leader {
                 None => None,
                 Some(leader) if leader.0 == self.id => self.confirm().await,
-                Some(leader) => match self.call(leader, &Call::ReadIndex, ATTEMPT_DEADLINE).await {
+                Some(leader) => match self.call_leader(leader, &Call::ReadIndex, ATTEMPT_DEADLINE).await {
                     Ok(Answer::ReadIndex(result)) => result.ok(),
                     Ok(_) | Err(_) => None,
                 },

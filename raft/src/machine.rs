@@ -191,7 +191,8 @@ impl RaftStateMachine<TypeConfig> for Machine {
 
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: snapshot::Snapshot) -> Result<(), io::Error> {
         let (tables, received) = (self.shared.tables.clone(), snapshot.clone());
-        let installed = tokio::task::spawn_blocking(move || tables.install(&received)).await.map_err(io::Error::other)?;
+        let installed =
+            tokio::task::spawn_blocking(move || tables.install(&received)).await.map_err(io::Error::other)?;
         let loaded = self.fail(installed)?;
         self.shared.snapshots.adopt(&snapshot);
         let hash = loaded.state.hash();
@@ -231,8 +232,8 @@ pub fn with_meta(snapshot: snapshot::Snapshot) -> io::Result<Snapshot> {
 
 fn view(loaded: Loaded) -> Result<View, storage::failure::StorageError> {
     let what = "the membership in the state tables".to_owned();
-    let membership = types::from_stored_membership(loaded.membership)
-        .ok_or(storage::failure::StorageError::Damaged { what })?;
+    let membership =
+        types::from_stored_membership(loaded.membership).ok_or(storage::failure::StorageError::Damaged { what })?;
     Ok(View { state: loaded.state, applied: loaded.applied, membership })
 }
 
@@ -247,7 +248,8 @@ fn apply_entry(view: &mut View, entry: Entry, batch: &mut Batch) -> io::Result<O
         }
         EntryPayload::Normal(encoded) => {
             let reason = record::BadRecord::Body;
-            let refused = || io::Error::other(storage::failure::StorageError::BadRecord { index, reason: reason.clone() });
+            let refused =
+                || io::Error::other(storage::failure::StorageError::BadRecord { index, reason: reason.clone() });
             let decoded = crate::wire::decode::<model::Entry>(&encoded.0).ok_or_else(refused)?;
             Ok(Outcome(Some(view.state.apply(index, &decoded))))
         }

@@ -146,10 +146,11 @@ impl Core {
             return self.commit(ChangeMembers::RemoveNodes([id.0].into())).await;
         }
         let rest: BTreeSet<u64> = voters.into_iter().filter(|voter| *voter != id.0).collect();
-        let reachable = rest.iter().filter(|voter| self.reachable(**voter)).count();
-        if reachable <= rest.len() / 2 {
+        let reachable = || rest.iter().filter(|voter| self.reachable(**voter)).count();
+        if !self.within_elections(|| reachable() > rest.len() / 2).await {
             return Err(MembershipError::Refused(format!(
-                "without {id} only {reachable} of {} voters could be reached, which is no majority",
+                "without {id} only {} of {} voters could be reached, which is no majority",
+                reachable(),
                 rest.len()
             )));
         }
@@ -186,12 +187,28 @@ impl Core {
     /// # Errors
     /// See [`MembershipError`].
     pub async fn hand_over(&self) -> Result<(), MembershipError> {
-        let matched = self.matched();
-        let best = self.voters().into_iter().filter(|id| *id != self.id && self.reachable(*id));
-        let Some(best) = best.max_by_key(|id| matched.get(id).copied()) else {
+        let best = || {
+            let matched = self.matched();
+            let others = self.voters().into_iter().filter(|id| *id != self.id && self.reachable(*id));
+            others.max_by_key(|id| matched.get(id).copied())
+        };
+        self.within_elections(|| best().is_some()).await;
+        let Some(best) = best() else {
             return Err(MembershipError::Refused("no other voter can be reached".into()));
         };
         self.transfer(ControllerId(best)).await
+    }
+
+    /// Waits a little for something that a new leader finds out with its first heartbeats.
+    async fn within_elections(&self, holds: impl Fn() -> bool) -> bool {
+        let deadline = Instant::now() + Duration::from_millis(2 * self.timing.election_max_millis);
+        while !holds() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+        true
     }
 
     pub fn leadership_is_mine(&self) -> bool {

@@ -235,7 +235,7 @@ async fn send_batch(core: SharedCore, batch: Vec<Forward>, _call: OwnedSemaphore
     let wait = until.saturating_duration_since(Instant::now());
     let (proposals, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|f| (f.proposal, f.answer)).unzip();
     let millis = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-    let outcome = core.call(leader, &Call::Propose { proposals, millis }, wait).await;
+    let outcome = core.call_leader(leader, &Call::Propose { proposals, millis }, wait).await;
     let attempts: Vec<Attempt> = match outcome {
         Ok(Answer::Propose(results)) if results.len() == answers.len() => {
             results.into_iter().map(Attempt::from_leader).collect()

@@ -101,10 +101,7 @@ pub fn from_voters(voters: Voters) -> Option<Membership> {
 }
 
 pub fn to_stored_membership(membership: &StoredMembership) -> record::Membership {
-    record::Membership {
-        at: membership.log_id().as_ref().map(position),
-        voters: to_voters(membership.membership()),
-    }
+    record::Membership { at: membership.log_id().as_ref().map(position), voters: to_voters(membership.membership()) }
 }
 
 pub fn from_stored_membership(membership: record::Membership) -> Option<StoredMembership> {

@@ -3,11 +3,7 @@
 use std::time::Duration;
 
 use model::ControllerId;
-use openraft::{
-    ServerState,
-    async_runtime::WatchReceiver,
-    errors::Fatal,
-};
+use openraft::{ServerState, async_runtime::WatchReceiver, errors::Fatal};
 
 use crate::{
     core::{Core, SharedCore},
@@ -135,7 +131,8 @@ impl Core {
                     () if voters.contains(&id) => Role::Voter,
                     () => Role::Learner,
                 },
-                reachable: me || if leading { self.reachable(id) } else { led_by && heard.is_some_and(|t| t <= lately) },
+                reachable: me
+                    || if leading { self.reachable(id) } else { led_by && heard.is_some_and(|t| t <= lately) },
                 matched: own.matched.iter().find(|(member, _)| *member == id).map(|(_, index)| *index),
                 applied: me.then_some(own.applied),
                 hash: if me { own.hashes.last().copied() } else { None },

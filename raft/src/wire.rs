@@ -23,7 +23,10 @@ pub enum Call {
     PreVote(VoteRequest<TypeConfig>),
     Transfer(TransferLeaderRequest<TypeConfig>),
     /// From a follower. `millis`: how long the proposers still wait.
-    Propose { proposals: Vec<Proposal>, millis: u64 },
+    Propose {
+        proposals: Vec<Proposal>,
+        millis: u64,
+    },
     ReadIndex,
     Change(Change),
     Report,

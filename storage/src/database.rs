@@ -8,6 +8,8 @@ use crate::failure::StorageError;
 
 /// Entries are small and short-lived; a flushed memtable holds a few hundred thousand of them.
 const LOG_MEMTABLE_BYTES: usize = 64 << 20;
+/// What a start reads again at most: a second's work. Beyond it RocksDB flushes whatever holds the oldest file back.
+const LOG_WAL_BYTES: u64 = 128 << 20;
 /// A flush of the state tables costs one sync; at this size it happens seldom and replays little after a crash.
 const STATE_MEMTABLE_BYTES: usize = 32 << 20;
 /// RocksDB writes its own journal of events; ten files of this size are enough to see what it did.
@@ -22,11 +24,11 @@ pub const STATE_META: &str = "meta";
 /// The Raft log. `TolerateCorruptedTailRecords` accepts the torn tail of a power cut and refuses damage before it;
 /// RocksDB's default would silently drop everything behind one flipped byte.
 pub fn open_log(path: &Path) -> Result<DB, StorageError> {
-    let mut options = common()
-        .get_options_from_string("track_and_verify_wals=true")
-        .map_err(StorageError::database(path))?;
+    let mut options =
+        common().get_options_from_string("track_and_verify_wals=true").map_err(StorageError::database(path))?;
     options.set_track_and_verify_wals_in_manifest(true);
     options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    options.set_max_total_wal_size(LOG_WAL_BYTES);
     // A recycled file ends in old records, which cannot be told from damage.
     options.set_recycle_log_file_num(0);
     open(path, &options, [LOG_ENTRIES, LOG_META], LOG_MEMTABLE_BYTES, DBCompressionType::None)

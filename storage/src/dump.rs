@@ -48,11 +48,7 @@ impl LogDump {
     /// # Errors
     /// When it is damaged.
     pub fn summary(&self) -> Result<LogSummary, StorageError> {
-        Ok(LogSummary {
-            vote: self.table.vote()?,
-            committed: self.table.committed()?,
-            purged: self.table.purged()?,
-        })
+        Ok(LogSummary { vote: self.table.vote()?, committed: self.table.committed()?, purged: self.table.purged()? })
     }
 
     /// Every entry from `index` on. A damaged one is an `Err` and the walk goes on behind it.

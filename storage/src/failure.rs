@@ -26,7 +26,9 @@ pub enum StorageError {
     Database { path: PathBuf, message: String },
     #[error("{}: {source}", path.display())]
     File { path: PathBuf, source: std::io::Error },
-    #[error("log entry {index} is damaged: {reason}; this controller must come back under a new id with an empty directory")]
+    #[error(
+        "log entry {index} is damaged: {reason}; this controller must come back under a new id with an empty directory"
+    )]
     BadRecord { index: u64, reason: BadRecord },
     #[error("the log has no entry {0}, although it has later ones")]
     Hole(u64),

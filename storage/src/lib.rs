@@ -17,19 +17,21 @@
 pub mod images;
 
 #[cfg(feature = "rocksdb")]
-pub mod record;
+pub mod dump;
 #[cfg(feature = "rocksdb")]
 pub mod failure;
 #[cfg(feature = "rocksdb")]
 pub mod log;
 #[cfg(feature = "rocksdb")]
-pub mod state;
+pub mod record;
 #[cfg(feature = "rocksdb")]
 pub mod snapshot;
 #[cfg(feature = "rocksdb")]
-pub mod dump;
+pub mod state;
 
 #[cfg(feature = "rocksdb")]
 mod database;
 #[cfg(feature = "rocksdb")]
 mod directory;
+#[cfg(feature = "rocksdb")]
+mod wal;

@@ -24,6 +24,7 @@ use crate::{
     failure::{OnFailure, StorageError},
     record::{self, Position, Record, Vote},
     state::Flushed,
+    wal,
 };
 
 const VOTE: &[u8] = b"vote";
@@ -62,6 +63,7 @@ impl Log {
     /// When the disk fails, or when anything but a torn tail is damaged or missing.
     pub fn open(path: &Path, on_failure: OnFailure) -> Result<Self, StorageError> {
         directory::create_directory(path)?;
+        wal::check(path)?;
         let table = Table { db: Arc::new(database::open_log(path)?), path: path.into() };
         table.verify()?;
         let (queue, jobs) = mpsc::channel::<Done>();
@@ -77,11 +79,7 @@ impl Log {
     ///
     /// # Errors
     /// When the disk fails, after the failure handler was called; `done` is then not called.
-    pub fn append(
-        &self,
-        records: impl IntoIterator<Item = (u64, Vec<u8>)>,
-        done: Done,
-    ) -> Result<(), StorageError> {
+    pub fn append(&self, records: impl IntoIterator<Item = (u64, Vec<u8>)>, done: Done) -> Result<(), StorageError> {
         let mut batch = WriteBatch::default();
         let entries = self.inner.table.entries();
         for (index, bytes) in records {

@@ -24,7 +24,10 @@ impl Service {
         bill.map(|bill| proto::Bill { read_at: Some(read_at), ..bill })
     }
 
-    pub(super) async fn price_list(&self, request: Request<proto::ListRequest>) -> Result<proto::ListPricesReply, ApiError> {
+    pub(super) async fn price_list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::ListPricesReply, ApiError> {
         access::caller(&self.core, &request).await?;
         let look = |state: &State| {
             let price = |(from, nano): (&Timestamp, &u64)| proto::Price { nano_per_hour: *nano, from_millis: from.0 };
@@ -41,7 +44,10 @@ pub(super) fn set_price(_: &State, caller: &Caller, body: &proto::SetPriceReques
     let now = core::now();
     let from = if body.from_millis == 0 { Timestamp::default() } else { Timestamp(body.from_millis) };
     if from != Timestamp::default() && from < now {
-        return Err(ApiError::invalid(format!("from_millis is '{}', but must not have passed: prices never change backwards", from.0)));
+        return Err(ApiError::invalid(format!(
+            "from_millis is '{}', but must not have passed: prices never change backwards",
+            from.0
+        )));
     }
     Ok(Command::Operator(OperatorCommand::SetPrice { nano_per_hour: body.nano_per_hour, from }))
 }

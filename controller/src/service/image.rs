@@ -18,7 +18,10 @@ use crate::{
 
 impl Service {
     /// Bytes first, record after: an image that is listed is whole, verified and on all its nodes.
-    pub(super) async fn image_import(&self, request: Request<Streaming<proto::ImportImageRequest>>) -> Result<proto::Image, ApiError> {
+    pub(super) async fn image_import(
+        &self,
+        request: Request<Streaming<proto::ImportImageRequest>>,
+    ) -> Result<proto::Image, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         let (metadata, _, mut parts) = request.into_parts();
         let header = match parts.message().await?.and_then(|message| message.part) {
@@ -30,7 +33,8 @@ impl Service {
             ApiError::invalid("digest is not one, but must be the BLAKE3 digest of the file in 64 hexadecimal digits")
         })?;
         self.core.linearize().await?;
-        let remembered = self.core.replica.read(|state| state.requests().get(&id.id).map(|seen| (seen.body, seen.reply.clone())));
+        let remembered =
+            self.core.replica.read(|state| state.requests().get(&id.id).map(|seen| (seen.body, seen.reply.clone())));
         match remembered {
             Some((body, reply)) if body == id.body => return self.image_shown(0, reply).await,
             Some(_) => return Err(Rejection::RequestReused.into()),
@@ -47,7 +51,9 @@ impl Service {
     }
 
     async fn image_shown(&self, index: u64, reply: Reply) -> Result<proto::Image, ApiError> {
-        let Reply::Image(id) = reply else { return Err(ApiError::internal(format!("an image's command replied {reply:?}"))) };
+        let Reply::Image(id) = reply else {
+            return Err(ApiError::internal(format!("an image's command replied {reply:?}")));
+        };
         self.core.applied(index).await?;
         let shown = self.core.replica.read(|state| state.images().get(&id).map(|image| view::image(state, image)));
         shown.ok_or_else(|| ApiError::not_found(format!("image '{id}' was made by this request and deleted since")))
@@ -64,7 +70,14 @@ impl Service {
             let used = state.usage(tenant.id).image_bytes;
             if used.saturating_add(header.size_bytes) > tenant.quota.image_bytes {
                 let (limit, asked) = (tenant.quota.image_bytes, header.size_bytes);
-                return Err(Rejection::Quota { tenant: tenant.name.clone(), what: "bytes of images".into(), limit, used, asked }.into());
+                return Err(Rejection::Quota {
+                    tenant: tenant.name.clone(),
+                    what: "bytes of images".into(),
+                    limit,
+                    used,
+                    asked,
+                }
+                .into());
             }
             Ok(())
         })
@@ -76,10 +89,14 @@ impl Service {
         self.core.replica.read(|state| {
             let wanted = usize::try_from(state.setting(model::setting::IMAGE_REPLICAS)).unwrap_or(1);
             let nodes = model::plan::image_targets(state, &heard, size_bytes);
-            let target = |id: &NodeId| state.nodes().get(id).map(|node| Target { node: node.id, address: node.address.clone() });
+            let target =
+                |id: &NodeId| state.nodes().get(id).map(|node| Target { node: node.id, address: node.address.clone() });
             let targets: Vec<Target> = nodes.iter().filter_map(target).take(wanted).collect();
             if targets.is_empty() {
-                return Err(ApiError::new("no-room", format!("no node is up that has {size_bytes} bytes free for the image")));
+                return Err(ApiError::new(
+                    "no-room",
+                    format!("no node is up that has {size_bytes} bytes free for the image"),
+                ));
             }
             Ok(targets)
         })
@@ -101,11 +118,16 @@ impl Service {
     pub(super) async fn image_get(&self, request: Request<proto::NamedRef>) -> Result<proto::Image, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         let body = request.into_inner();
-        let look = |state: &State| name::image(state, &caller, &body.tenant, &body.name).map(|image| view::image(state, image));
+        let look = |state: &State| {
+            name::image(state, &caller, &body.tenant, &body.name).map(|image| view::image(state, image))
+        };
         self.core.read(body.stale.into(), look).await?.0
     }
 
-    pub(super) async fn image_list(&self, request: Request<proto::ListRequest>) -> Result<proto::ListImagesReply, ApiError> {
+    pub(super) async fn image_list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::ListImagesReply, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;

@@ -10,15 +10,24 @@ use super::{Service, page};
 use crate::{access, access::Caller, name, view};
 
 impl Service {
-    pub(super) async fn network_create(&self, request: Request<proto::CreateNetworkRequest>) -> Result<proto::Network, ApiError> {
+    pub(super) async fn network_create(
+        &self,
+        request: Request<proto::CreateNetworkRequest>,
+    ) -> Result<proto::Network, ApiError> {
         let (_, index, reply) = self.change("CreateNetwork", &request, create).await?;
-        let Reply::Network(id) = reply else { return Err(ApiError::internal(format!("a network's command replied {reply:?}"))) };
+        let Reply::Network(id) = reply else {
+            return Err(ApiError::internal(format!("a network's command replied {reply:?}")));
+        };
         self.core.applied(index).await?;
-        let shown = self.core.replica.read(|state| state.networks().get(&id).map(|network| view::network(state, network)));
+        let shown =
+            self.core.replica.read(|state| state.networks().get(&id).map(|network| view::network(state, network)));
         shown.ok_or_else(|| ApiError::not_found(format!("network '{id}' was made by this request and deleted since")))
     }
 
-    pub(super) async fn network_list(&self, request: Request<proto::ListRequest>) -> Result<proto::ListNetworksReply, ApiError> {
+    pub(super) async fn network_list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::ListNetworksReply, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;

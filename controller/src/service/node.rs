@@ -10,7 +10,10 @@ use super::{Service, page};
 use crate::{access, access::Caller, core, name, view};
 
 impl Service {
-    pub(super) async fn node_list(&self, request: Request<proto::ListRequest>) -> Result<proto::ListNodesReply, ApiError> {
+    pub(super) async fn node_list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::ListNodesReply, ApiError> {
         access::caller(&self.core, &request).await?.must_be_operator()?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;
@@ -19,7 +22,9 @@ impl Service {
             let rows = state.nodes().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, node)| node);
             let (rows, next) = page::cut(rows, limit, |node| node.id.to_string());
             let now = core::now();
-            self.core.hear(|ears| (rows.into_iter().map(|node| view::node(state, ears, now, node)).collect::<Vec<_>>(), next))
+            self.core.hear(|ears| {
+                (rows.into_iter().map(|node| view::node(state, ears, now, node)).collect::<Vec<_>>(), next)
+            })
         };
         let stale = body.consistency.unwrap_or_default().stale;
         let ((nodes, next), read_at) = self.core.read(stale.into(), look).await?;
@@ -33,7 +38,10 @@ impl Service {
         node
     }
 
-    pub(super) async fn node_cordon(&self, request: Request<proto::CordonNodeRequest>) -> Result<proto::Node, ApiError> {
+    pub(super) async fn node_cordon(
+        &self,
+        request: Request<proto::CordonNodeRequest>,
+    ) -> Result<proto::Node, ApiError> {
         let make = |state: &State, caller: &Caller, body: &proto::CordonNodeRequest| {
             caller.must_be_operator()?;
             let node = name::node(state, &body.name)?.id;

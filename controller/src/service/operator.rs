@@ -10,22 +10,33 @@ use super::{Service, page};
 use crate::{access, access::Caller, core::Freshness, name, view};
 
 impl Service {
-    pub(super) async fn tenant_create(&self, request: Request<proto::CreateTenantRequest>) -> Result<proto::Tenant, ApiError> {
+    pub(super) async fn tenant_create(
+        &self,
+        request: Request<proto::CreateTenantRequest>,
+    ) -> Result<proto::Tenant, ApiError> {
         let make = |_: &State, caller: &Caller, body: &proto::CreateTenantRequest| {
             caller.must_be_operator()?;
             let quota = view::quota_from(body.quota.unwrap_or_default());
             Ok(Command::Operator(OperatorCommand::CreateTenant { name: body.name.clone(), quota }))
         };
         let (_, index, reply) = self.change("CreateTenant", &request, make).await?;
-        let Reply::Tenant(id) = reply else { return Err(ApiError::internal(format!("a tenant's command replied {reply:?}"))) };
+        let Reply::Tenant(id) = reply else {
+            return Err(ApiError::internal(format!("a tenant's command replied {reply:?}")));
+        };
         self.tenant_shown(index, id).await
     }
 
-    pub(super) async fn tenant_quota(&self, request: Request<proto::CreateTenantRequest>) -> Result<proto::Tenant, ApiError> {
+    pub(super) async fn tenant_quota(
+        &self,
+        request: Request<proto::CreateTenantRequest>,
+    ) -> Result<proto::Tenant, ApiError> {
         let make = |state: &State, caller: &Caller, body: &proto::CreateTenantRequest| {
             caller.must_be_operator()?;
             let tenant = name::tenant(state, caller, &body.name)?.id;
-            Ok(Command::Operator(OperatorCommand::SetQuota { tenant, quota: view::quota_from(body.quota.unwrap_or_default()) }))
+            Ok(Command::Operator(OperatorCommand::SetQuota {
+                tenant,
+                quota: view::quota_from(body.quota.unwrap_or_default()),
+            }))
         };
         let (caller, index, _) = self.change("SetQuota", &request, make).await?;
         let body = request.into_inner();
@@ -39,7 +50,10 @@ impl Service {
         shown.ok_or_else(|| ApiError::not_found(format!("tenant '{id}' was deleted since")))
     }
 
-    pub(super) async fn tenant_list(&self, request: Request<proto::ListRequest>) -> Result<proto::ListTenantsReply, ApiError> {
+    pub(super) async fn tenant_list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::ListTenantsReply, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;
@@ -50,7 +64,8 @@ impl Service {
                 Role::Operator => true,
                 Role::Member(own) => own == id,
             };
-            let (rows, next) = page::cut(rows.filter(|tenant| visible(tenant.id)), limit, |tenant| tenant.id.to_string());
+            let (rows, next) =
+                page::cut(rows.filter(|tenant| visible(tenant.id)), limit, |tenant| tenant.id.to_string());
             (rows.into_iter().map(|tenant| view::tenant(state, tenant)).collect::<Vec<_>>(), next)
         };
         let stale = body.consistency.unwrap_or_default().stale;
@@ -59,7 +74,10 @@ impl Service {
     }
 
     /// The token is made from the request id and a secret of the cloud, so that a retry shows the same one.
-    pub(super) async fn user_create(&self, request: Request<proto::CreateUserRequest>) -> Result<proto::CreateUserReply, ApiError> {
+    pub(super) async fn user_create(
+        &self,
+        request: Request<proto::CreateUserRequest>,
+    ) -> Result<proto::CreateUserReply, ApiError> {
         let id = access::request_of("CreateUser", &request)?.id;
         let mut material = self.core.authority.key_pem.as_bytes().to_vec();
         material.extend_from_slice(&id.0.to_le_bytes());
@@ -69,9 +87,13 @@ impl Service {
             caller.must_be_operator()?;
             let role = match (body.role.as_str(), body.tenant.as_str()) {
                 ("operator", "") => Role::Operator,
-                ("operator", tenant) => return Err(ApiError::invalid(format!("tenant is '{tenant}', but must be empty for an operator"))),
+                ("operator", tenant) => {
+                    return Err(ApiError::invalid(format!("tenant is '{tenant}', but must be empty for an operator")));
+                }
                 ("member", tenant) => Role::Member(name::tenant(state, caller, tenant)?.id),
-                (other, _) => return Err(ApiError::invalid(format!("role is '{other}', but must be operator or member"))),
+                (other, _) => {
+                    return Err(ApiError::invalid(format!("role is '{other}', but must be operator or member")));
+                }
             };
             Ok(Command::Operator(OperatorCommand::CreateUser { name: body.name.clone(), role, token: digest }))
         };
@@ -79,15 +101,22 @@ impl Service {
         Ok(proto::CreateUserReply { name: request.into_inner().name, token: text })
     }
 
-    pub(super) async fn user_list(&self, request: Request<proto::ListRequest>) -> Result<proto::ListUsersReply, ApiError> {
+    pub(super) async fn user_list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::ListUsersReply, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         caller.must_be_operator()?;
         let look = |state: &State| {
             let user = |user: &model::User| match user.role {
-                Role::Operator => proto::User { name: user.name.clone(), role: "operator".into(), tenant: String::new() },
-                Role::Member(tenant) => {
-                    proto::User { name: user.name.clone(), role: "member".into(), tenant: view::tenant_name(state, tenant) }
+                Role::Operator => {
+                    proto::User { name: user.name.clone(), role: "operator".into(), tenant: String::new() }
                 }
+                Role::Member(tenant) => proto::User {
+                    name: user.name.clone(),
+                    role: "member".into(),
+                    tenant: view::tenant_name(state, tenant),
+                },
             };
             state.users().values().map(user).collect()
         };
@@ -99,13 +128,20 @@ impl Service {
         let make = |_: &State, caller: &Caller, body: &proto::Template| {
             caller.must_be_operator()?;
             let size = Capacity { vcpus: body.vcpus, memory_bytes: body.memory_bytes, disk_bytes: body.disk_bytes };
-            Ok(Command::Operator(OperatorCommand::CreateTemplate { name: body.name.clone(), size, weight_milli: body.weight_milli }))
+            Ok(Command::Operator(OperatorCommand::CreateTemplate {
+                name: body.name.clone(),
+                size,
+                weight_milli: body.weight_milli,
+            }))
         };
         self.change("CreateTemplate", &request, make).await?;
         Ok(request.into_inner())
     }
 
-    pub(super) async fn template_list(&self, request: Request<proto::ListRequest>) -> Result<proto::ListTemplatesReply, ApiError> {
+    pub(super) async fn template_list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::ListTemplatesReply, ApiError> {
         access::caller(&self.core, &request).await?;
         let look = |state: &State| state.templates().values().map(view::template).collect();
         let (templates, _) = self.core.read(Freshness::Linearizable, look).await?;
@@ -123,9 +159,14 @@ impl Service {
         Ok(shown_setting(known, body.value))
     }
 
-    pub(super) async fn setting_list(&self, request: Request<proto::ListRequest>) -> Result<proto::ListSettingsReply, ApiError> {
+    pub(super) async fn setting_list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::ListSettingsReply, ApiError> {
         access::caller(&self.core, &request).await?;
-        let look = |state: &State| setting::SETTINGS.iter().map(|known| shown_setting(known, state.setting(known.name))).collect();
+        let look = |state: &State| {
+            setting::SETTINGS.iter().map(|known| shown_setting(known, state.setting(known.name))).collect()
+        };
         let (settings, _) = self.core.read(Freshness::Linearizable, look).await?;
         Ok(proto::ListSettingsReply { settings })
     }

@@ -38,7 +38,10 @@ impl Service {
         Ok(proto::IssueJoinTokenReply { token: token.encode() })
     }
 
-    pub(super) async fn quorum_survey(&self, request: Request<proto::QuorumStatusRequest>) -> Result<proto::QuorumStatusReply, ApiError> {
+    pub(super) async fn quorum_survey(
+        &self,
+        request: Request<proto::QuorumStatusRequest>,
+    ) -> Result<proto::QuorumStatusReply, ApiError> {
         access::caller(&self.core, &request).await?.must_be_operator()?;
         let status = self.core.replica.survey().await;
         let (cluster, names) = self.core.replica.read(|state| {
@@ -60,7 +63,11 @@ impl Service {
             matched_index: member.matched.unwrap_or_default(),
             applied_index: member.applied.unwrap_or_default(),
             hash_index: member.hash.as_ref().map_or(0, |hash| hash.index),
-            hash: member.hash.as_ref().map(|hash| hash.hash.iter().map(|b| format!("{b:02x}")).collect()).unwrap_or_default(),
+            hash: member
+                .hash
+                .as_ref()
+                .map(|hash| hash.hash.iter().map(|b| format!("{b:02x}")).collect())
+                .unwrap_or_default(),
         };
         Ok(proto::QuorumStatusReply {
             cluster,
@@ -113,7 +120,10 @@ impl Service {
         Ok(proto::Done {})
     }
 
-    pub(super) async fn quorum_transfer(&self, request: Request<proto::ControllerRef>) -> Result<proto::Done, ApiError> {
+    pub(super) async fn quorum_transfer(
+        &self,
+        request: Request<proto::ControllerRef>,
+    ) -> Result<proto::Done, ApiError> {
         access::caller(&self.core, &request).await?.must_be_operator()?;
         self.core.replica.transfer(ControllerId(request.into_inner().id)).await.map_err(membership_error)?;
         Ok(proto::Done {})

@@ -12,7 +12,9 @@ use crate::{access, access::Caller, name};
 impl Service {
     pub(super) async fn tag_set(&self, request: Request<proto::SetTagRequest>) -> Result<proto::Tag, ApiError> {
         let (_, _, reply) = self.change("SetTag", &request, set).await?;
-        let Reply::Version(version) = reply else { return Err(ApiError::internal(format!("a tag's command replied {reply:?}"))) };
+        let Reply::Version(version) = reply else {
+            return Err(ApiError::internal(format!("a tag's command replied {reply:?}")));
+        };
         let body = request.into_inner();
         Ok(proto::Tag { key: body.key, value: body.value, version, read_at: None })
     }
@@ -29,7 +31,10 @@ impl Service {
         tag.map(|tag| proto::Tag { key: body.key, value: tag.value, version: tag.version, read_at: Some(read_at) })
     }
 
-    pub(super) async fn tag_list(&self, request: Request<proto::ListRequest>) -> Result<proto::ListTagsReply, ApiError> {
+    pub(super) async fn tag_list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::ListTagsReply, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;

@@ -29,9 +29,14 @@ impl Service {
     }
 
     async fn vm_shown(&self, index: u64, reply: Reply) -> Result<proto::Vm, ApiError> {
-        let Reply::Vm(id) = reply else { return Err(ApiError::internal(format!("a machine's command replied {reply:?}"))) };
+        let Reply::Vm(id) = reply else {
+            return Err(ApiError::internal(format!("a machine's command replied {reply:?}")));
+        };
         self.core.applied(index).await?;
-        let shown = self.core.replica.read(|state| state.vms().get(&id).map(|vm| self.core.hear(|ears| view::vm(state, ears, vm))));
+        let shown = self
+            .core
+            .replica
+            .read(|state| state.vms().get(&id).map(|vm| self.core.hear(|ears| view::vm(state, ears, vm))));
         shown.ok_or_else(|| ApiError::not_found(format!("vm '{id}' was made by this request and deleted since")))
     }
 
@@ -46,7 +51,10 @@ impl Service {
         vm.map(|vm| proto::Vm { read_at: Some(read_at), ..vm })
     }
 
-    pub(super) async fn vm_list(&self, request: Request<proto::ListVmsRequest>) -> Result<proto::ListVmsReply, ApiError> {
+    pub(super) async fn vm_list(
+        &self,
+        request: Request<proto::ListVmsRequest>,
+    ) -> Result<proto::ListVmsReply, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;
@@ -71,13 +79,17 @@ impl Service {
         listed.map(|(vms, next)| proto::ListVmsReply { vms, next, read_at: Some(read_at) })
     }
 
-    pub(super) async fn vm_console(&self, request: Request<proto::ConsoleLogRequest>) -> Result<proto::ConsoleLogReply, ApiError> {
+    pub(super) async fn vm_console(
+        &self,
+        request: Request<proto::ConsoleLogRequest>,
+    ) -> Result<proto::ConsoleLogReply, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         let body = request.into_inner();
         let look = |state: &State| {
             let vm = name::vm(state, &caller, &body.tenant, &body.vm)?;
             let node = vm.placement.and_then(|placement| state.nodes().get(&placement.node));
-            let node = node.ok_or_else(|| ApiError::new("stale", format!("{} has no node yet, so it has no console", vm.name)))?;
+            let node = node
+                .ok_or_else(|| ApiError::new("stale", format!("{} has no node yet, so it has no console", vm.name)))?;
             Ok::<_, ApiError>((vm.id, node.address.clone()))
         };
         let (found, _) = self.core.read(false.into(), look).await?;
@@ -105,7 +117,9 @@ fn power(state: &State, caller: &Caller, body: &proto::SetVmPowerRequest) -> Res
         "running" => Wanted::Running,
         "suspended" => Wanted::Suspended,
         "stopped" => Wanted::Stopped,
-        other => return Err(ApiError::invalid(format!("wanted is '{other}', but must be running, suspended or stopped"))),
+        other => {
+            return Err(ApiError::invalid(format!("wanted is '{other}', but must be running, suspended or stopped")));
+        }
     };
     let vm = name::vm(state, caller, &body.tenant, &body.vm)?.id;
     Ok(Command::Tenant(TenantCommand::SetVmPower { vm, wanted, stop_grace_millis: body.grace_millis }))
@@ -116,5 +130,8 @@ fn reboot(state: &State, caller: &Caller, body: &proto::VmRef) -> Result<Command
 }
 
 pub(super) fn delete(state: &State, caller: &Caller, body: &proto::DeleteVmRequest) -> Result<Command, ApiError> {
-    Ok(Command::Tenant(TenantCommand::DeleteVm { vm: name::vm(state, caller, &body.tenant, &body.vm)?.id, force: body.force }))
+    Ok(Command::Tenant(TenantCommand::DeleteVm {
+        vm: name::vm(state, caller, &body.tenant, &body.vm)?.id,
+        force: body.force,
+    }))
 }

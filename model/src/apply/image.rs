@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Applied, Moment, check};
-use crate::{Digest, Image, ImageFormat, ImageId, NodeId, Rejection, ReplicaState, Reply, Resource, State, TenantId, setting};
+use crate::{
+    Digest, Image, ImageFormat, ImageId, NodeId, Rejection, ReplicaState, Reply, Resource, State, TenantId, setting,
+};
 
 pub(super) struct File {
     pub format: ImageFormat,
@@ -16,7 +18,14 @@ pub(super) struct File {
 const MOST_BYTES: u64 = 1 << 50;
 
 impl State {
-    pub(super) fn import_image(&mut self, m: Moment, tenant: TenantId, name: &str, file: File, holders: &[NodeId]) -> Applied {
+    pub(super) fn import_image(
+        &mut self,
+        m: Moment,
+        tenant: TenantId,
+        name: &str,
+        file: File,
+        holders: &[NodeId],
+    ) -> Applied {
         self.may_import(m, tenant, name, file.size_bytes)?;
         check::between("virtual_bytes", file.virtual_bytes, 1, MOST_BYTES)?;
         let replicas: BTreeMap<_, _> = holders.iter().map(|node| (*node, ReplicaState::Good)).collect();

@@ -20,7 +20,13 @@ impl State {
         }
         let (limit, used) = (owner.quota.networks, self.usage(tenant).networks);
         if used >= limit {
-            return Err(Rejection::Quota { tenant: owner.name.clone(), what: "networks".into(), limit, used, asked: 1 });
+            return Err(Rejection::Quota {
+                tenant: owner.name.clone(),
+                what: "networks".into(),
+                limit,
+                used,
+                asked: 1,
+            });
         }
         let own = self.index.network_by_name.range((tenant, String::new())..).take_while(|((t, _), _)| *t == tenant);
         for network in own.filter_map(|(_, id)| self.networks.get(id)) {
@@ -31,7 +37,13 @@ impl State {
         }
         let last = self.cluster().last_vni.max(FIRST_VNI - 1);
         if last >= LAST_VNI {
-            return Err(Rejection::Quota { tenant: "the cloud".into(), what: "VNIs".into(), limit: LAST_VNI.into(), used: last.into(), asked: 1 });
+            return Err(Rejection::Quota {
+                tenant: "the cloud".into(),
+                what: "VNIs".into(),
+                limit: LAST_VNI.into(),
+                used: last.into(),
+                asked: 1,
+            });
         }
         let (id, vni) = self.cluster_mut(|cluster| {
             cluster.last_network += 1;

@@ -4,7 +4,8 @@ use std::net::IpAddr;
 
 use super::{Applied, Moment, check};
 use crate::{
-    Actor, Capacity, Digest, HypervisorKind, JoinRole, Node, NodeId, NodeState, NodeSummary, Phase, Rejection, Reply, State, Wanted,
+    Actor, Capacity, Digest, HypervisorKind, JoinRole, Node, NodeId, NodeState, NodeSummary, Phase, Rejection, Reply,
+    State, Wanted,
 };
 
 pub(super) struct Host<'a> {

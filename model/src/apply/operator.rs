@@ -1,7 +1,10 @@
 //! What operators decide: tenants, users, templates, settings, prices, join tokens.
 
 use super::{Applied, Moment, check};
-use crate::{Actor, Capacity, Digest, JoinRole, JoinToken, Quota, Rejection, Reply, Role, State, Template, Tenant, TenantId, Timestamp, User, setting};
+use crate::{
+    Actor, Capacity, Digest, JoinRole, JoinToken, Quota, Rejection, Reply, Role, State, Template, Tenant, TenantId,
+    Timestamp, User, setting,
+};
 
 /// Less memory boots nothing.
 const LEAST_MEMORY_BYTES: u64 = 16 << 20;
@@ -104,7 +107,11 @@ impl State {
         check::between("nano_per_hour", nano_per_hour, 0, MOST_PRICE_NANO)?;
         let from = if from == Timestamp::default() { m.now } else { from };
         if from < m.now {
-            return Err(check::invalid("from", from.0, format!("a time from now on (milliseconds, at least {})", m.now.0)));
+            return Err(check::invalid(
+                "from",
+                from.0,
+                format!("a time from now on (milliseconds, at least {})", m.now.0),
+            ));
         }
         self.prices.put(from, nano_per_hour);
         Ok(Reply::Done)
@@ -115,7 +122,8 @@ impl State {
         if self.join_tokens.contains(&token) {
             return Err(Rejection::BadToken);
         }
-        let stale: Vec<_> = self.join_tokens.iter().filter(|(_, t)| t.expires_at < m.now).map(|(digest, _)| *digest).collect();
+        let stale: Vec<_> =
+            self.join_tokens.iter().filter(|(_, t)| t.expires_at < m.now).map(|(digest, _)| *digest).collect();
         stale.iter().for_each(|digest| self.drop_join_token(digest));
         self.join_tokens.put(token, JoinToken { role, expires_at: m.now.plus_millis(valid_millis), used_by: None });
         Ok(Reply::Done)

@@ -89,7 +89,12 @@ impl State {
             Status::Suspending => "suspending",
             Status::Resuming => "resuming",
             Status::Rebooting => "the reboot",
-            Status::Pending | Status::Running | Status::Suspended | Status::Stopped | Status::Deleting | Status::Failed => {
+            Status::Pending
+            | Status::Running
+            | Status::Suspended
+            | Status::Stopped
+            | Status::Deleting
+            | Status::Failed => {
                 vm.deadline = None;
                 self.put_vm(vm);
                 return Ok(Reply::Done);

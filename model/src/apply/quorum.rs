@@ -1,14 +1,20 @@
 //! The cloud's first entry, and the book of who is or was a controller. Who votes is the consensus's own matter.
 
 use super::{Applied, Moment, check};
-use crate::{Capacity, Controller, ControllerId, Digest, JoinRole, Rejection, Reply, Role, State, Template, Timestamp, User};
+use crate::{
+    Capacity, Controller, ControllerId, Digest, JoinRole, Rejection, Reply, Role, State, Template, Timestamp, User,
+};
 
 /// The price of weight 1 for an hour until an operator sets another: a hundredth of a unit.
 const FIRST_PRICE_NANO: u64 = 10_000_000;
 
 /// What a new cloud offers: name, vCPUs, MiB of memory, GiB of disk (0: as large as the image), weight in thousandths.
-const FIRST_TEMPLATES: [(&str, u64, u64, u64, u64); 4] =
-    [("tiny", 1, 96, 0, 100), ("normal", 1, 1024, 10, 1000), ("standard", 2, 4096, 40, 2500), ("enhanced", 4, 16_384, 160, 6000)];
+const FIRST_TEMPLATES: [(&str, u64, u64, u64, u64); 4] = [
+    ("tiny", 1, 96, 0, 100),
+    ("normal", 1, 1024, 10, 1000),
+    ("standard", 2, 4096, 40, 2500),
+    ("enhanced", 4, 16_384, 160, 6000),
+];
 
 impl State {
     pub(super) fn found(&mut self, m: Moment, cluster: &str, first: (&str, &str), operator: (&str, Digest)) -> Applied {

@@ -37,12 +37,14 @@ impl State {
         let before = (vm.phase, vm.rebooted, vm.wanted, vm.reason.clone());
         let was_on = matches!(vm.phase, Some(Phase::Running | Phase::Suspended));
         match report.phase {
+            Phase::Failed if report.attempt != vm.tries => return,
             Phase::Failed => return self.fail_vm(m, vm, &report.reason, report.retry, true),
             Phase::Absent if vm.existed => return self.fail_vm(m, vm, "its host has lost it", false, false),
             Phase::Absent => return,
             Phase::Stopped if was_on && matches!(vm.wanted, Wanted::Running | Wanted::Suspended) && !report.retry => {
                 vm.wanted = Wanted::Stopped;
-                vm.reason = if report.reason.is_empty() { "switched off from inside".into() } else { report.reason.clone() };
+                vm.reason =
+                    if report.reason.is_empty() { "switched off from inside".into() } else { report.reason.clone() };
             }
             // The same phase told again without a reason leaves the reason that is known.
             Phase::Running | Phase::Suspended | Phase::Stopped => {
@@ -94,7 +96,13 @@ impl State {
         self.put_vm(vm);
     }
 
-    pub(super) fn report_images(&mut self, m: Moment, node: NodeId, incarnation: u64, reports: &[ImageReport]) -> Applied {
+    pub(super) fn report_images(
+        &mut self,
+        m: Moment,
+        node: NodeId,
+        incarnation: u64,
+        reports: &[ImageReport],
+    ) -> Applied {
         self.heard_from(m, node, incarnation)?;
         for report in reports {
             let ids: Vec<_> = self.index.images_by_digest.get(&report.digest).into_iter().flatten().copied().collect();

@@ -7,7 +7,14 @@ const MOST_KEY_BYTES: usize = 256;
 const MOST_VALUE_BYTES: usize = 4096;
 
 impl State {
-    pub(super) fn set_tag(&mut self, m: Moment, tenant: TenantId, key: &str, value: &str, expected: Option<u64>) -> Applied {
+    pub(super) fn set_tag(
+        &mut self,
+        m: Moment,
+        tenant: TenantId,
+        key: &str,
+        value: &str,
+        expected: Option<u64>,
+    ) -> Applied {
         check::line("key", key, MOST_KEY_BYTES)?;
         if !value.is_empty() {
             check::line("value", value, MOST_VALUE_BYTES)?;

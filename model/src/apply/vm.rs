@@ -4,8 +4,8 @@ use std::net::Ipv4Addr;
 
 use super::{Applied, Moment, check};
 use crate::{
-    Capacity, ImageId, Mac, Network, NetworkId, Nic, Phase, Rejection, Reply, State, Status, TenantId, Timestamp, Vm, VmId, Wanted,
-    setting,
+    Capacity, ImageId, Mac, Network, NetworkId, Nic, Phase, Rejection, Reply, State, Status, TenantId, Timestamp, Vm,
+    VmId, Wanted, setting,
 };
 
 pub(super) struct Order<'a> {
@@ -92,7 +92,11 @@ impl State {
     pub(super) fn reboot_vm(&mut self, m: Moment, id: VmId) -> Applied {
         let mut vm = self.owned_vm(m, id)?.clone();
         if vm.status() != Status::Running {
-            return Err(Rejection::Stale(format!("{} is {}; only a running machine can be rebooted", vm.name, vm.status())));
+            return Err(Rejection::Stale(format!(
+                "{} is {}; only a running machine can be rebooted",
+                vm.name,
+                vm.status()
+            )));
         }
         vm.reboots += 1;
         self.asked_anew(m.now, vm);
@@ -123,6 +127,10 @@ impl State {
     /// The owner asked for something: failures until now are forgotten and the transition gets its deadline.
     fn asked_anew(&mut self, now: Timestamp, mut vm: Vm) {
         vm.attempts = 0;
+        if vm.phase == Some(Phase::Stopped) && vm.wanted == Wanted::Running {
+            // A host that has not heard yet that its owner took the stop for granted must know that this is a new wish.
+            vm.tries += 1;
+        }
         vm.reason.clear();
         vm.retry_at = None;
         vm.changed_at = now;
@@ -137,7 +145,9 @@ impl State {
         }
         vm.deadline = match vm.status() {
             Status::Creating => Some(self.setting(setting::CREATE_DEADLINE)),
-            _ if vm.in_transition() && vm.placement.is_some() => Some(self.setting(setting::CHANGE_DEADLINE) + vm.stop_grace_millis),
+            _ if vm.in_transition() && vm.placement.is_some() => {
+                Some(self.setting(setting::CHANGE_DEADLINE) + vm.stop_grace_millis)
+            }
             _ => None,
         }
         .map(|millis| now.plus_millis(millis));
@@ -158,7 +168,13 @@ impl State {
         Ok(vm)
     }
 
-    fn within_quota(&self, tenant: TenantId, name: &str, quota: crate::Quota, asked: Capacity) -> Result<(), Rejection> {
+    fn within_quota(
+        &self,
+        tenant: TenantId,
+        name: &str,
+        quota: crate::Quota,
+        asked: Capacity,
+    ) -> Result<(), Rejection> {
         let used = self.usage(tenant);
         let rows = [
             ("machines", quota.vms, used.vms, 1),

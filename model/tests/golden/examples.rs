@@ -126,7 +126,8 @@ fn start() -> Vec<Command> {
 
 fn life() -> Vec<Command> {
     let (vm, node_id, tenant, digest) = (VmId(1), NodeId(1), TenantId(1), Digest([5; 32]));
-    let report = |epoch, phase| VmReport { vm, epoch, phase, rebooted: 1, reason: "as asked".into(), retry: true };
+    let report =
+        |epoch, phase| VmReport { vm, epoch, attempt: 2, phase, rebooted: 1, reason: "as asked".into(), retry: true };
     let reports = |reports| node(NodeCommand::ReportVms { node: node_id, incarnation: 1, reports });
     let summary = NodeSummary {
         from: Timestamp(1),

@@ -330,7 +330,8 @@ fn vm_report(vm: &Vm, r: &mut Reader) -> VmReport {
     let phase = if r.below(5) < 3 { wished } else { any[r.below(any.len())] };
     let rebooted = if r.one_in(5) { r.below(4) as u32 } else { vm.reboots };
     let reason = if phase == Phase::Failed { "no space".into() } else { String::new() };
-    VmReport { vm: vm.id, epoch, phase, rebooted, reason, retry: !r.one_in(3) }
+    let attempt = vm.tries - u32::from(vm.tries > 0 && r.one_in(16));
+    VmReport { vm: vm.id, epoch, attempt, phase, rebooted, reason, retry: !r.one_in(3) }
 }
 
 const NOTHING: Quota =

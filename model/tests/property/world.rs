@@ -131,5 +131,13 @@ fn done(wish: &VmWish) -> VmReport {
         Power::Stopped => Phase::Stopped,
         Power::Absent => Phase::Absent,
     };
-    VmReport { vm: wish.vm, epoch: wish.epoch, phase, rebooted: wish.reboots, reason: String::new(), retry: true }
+    VmReport {
+        vm: wish.vm,
+        epoch: wish.epoch,
+        attempt: wish.attempt,
+        phase,
+        rebooted: wish.reboots,
+        reason: String::new(),
+        retry: true,
+    }
 }

@@ -231,8 +231,15 @@ impl Story {
             "failed" => Phase::Failed,
             other => return Err(format!("'{other}' is no phase")),
         };
-        let reports =
-            vec![VmReport { vm, epoch, phase, rebooted, reason: line.reason.clone(), retry: line.has("retry") }];
+        let reports = vec![VmReport {
+            vm,
+            epoch,
+            attempt: row.tries,
+            phase,
+            rebooted,
+            reason: line.reason.clone(),
+            retry: line.has("retry"),
+        }];
         Ok(self.said(Actor::Node(node), None, Command::Node(NodeCommand::ReportVms { node, incarnation, reports })))
     }
 

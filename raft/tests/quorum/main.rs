@@ -158,10 +158,7 @@ async fn a_planner_of_an_earlier_term_proposes_nothing() {
     let term = quorum.replica(leader).leadership().term;
     let command = tenant(1).command;
     let again = command.clone();
-    quorum
-        .on(leader, move |replica| async move { replica.propose_as_leader(term, command).await })
-        .await
-        .unwrap();
+    quorum.on(leader, move |replica| async move { replica.propose_as_leader(term, command).await }).await.unwrap();
     let other = quorum.ids().into_iter().find(|id| *id != leader).unwrap();
     for (id, term) in [(leader, term - 1), (other, term)] {
         let command = again.clone();

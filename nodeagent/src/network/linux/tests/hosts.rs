@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     future::Future,
+    io::Write,
     net::IpAddr,
     process::Command,
     sync::{
@@ -33,15 +35,9 @@ pub struct Host {
 
 /// Two hosts on one switch, 10.77.0.11 and 10.77.0.12; `None`, after saying why, where that cannot be.
 pub fn lab() -> Option<[Host; 2]> {
-    if !Uid::effective().is_root() {
-        println!("skipped: needs root");
+    if let Some(reason) = obstacle() {
+        skipped(&reason);
         return None;
-    }
-    for (tool, argument) in [("dnsmasq", "--version"), ("nft", "--version"), ("ip", "-V"), ("busybox", "--help")] {
-        if Command::new(tool).arg(argument).output().is_err() {
-            println!("skipped: {tool} is not installed");
-            return None;
-        }
     }
     let switch = Arc::new(Host::boot([10, 77, 0, 1].into(), None));
     let hosts = [11, 12].map(|last| Host::boot([10, 77, 0, last].into(), Some(switch.clone())));
@@ -56,6 +52,26 @@ pub fn lab() -> Option<[Host; 2]> {
         host.shell(&format!("ip address add {}/24 dev under0; ip link set under0 up", host.underlay));
     }
     Some(hosts)
+}
+
+/// Why there can be no hosts on this machine.
+fn obstacle() -> Option<String> {
+    if !Uid::effective().is_root() {
+        return Some("needs root".into());
+    }
+    let tools = [("dnsmasq", "--version"), ("nft", "--version"), ("ip", "-V"), ("busybox", "--help")];
+    let missing = |(tool, argument): &(&str, &str)| Command::new(tool).arg(argument).output().is_err();
+    tools.iter().find(|tool| missing(tool)).map(|(tool, _)| format!("{tool} is not installed"))
+}
+
+/// On the terminal, and in the file that the test command counts.
+fn skipped(reason: &str) {
+    let test = thread::current().name().unwrap_or_default().to_owned();
+    println!("skipped: {test}: {reason}");
+    if let Some(path) = std::env::var_os("TREFOIL_SKIPPED") {
+        let file = File::options().append(true).create(true).open(path);
+        file.and_then(|mut file| writeln!(file, "{test}: {reason}")).expect("the list of skipped tests");
+    }
 }
 
 impl Host {
