@@ -15,7 +15,7 @@ const EXAMPLES: &str = "\
 Examples:
   trefoil image import disk.qcow2 --name debian
   trefoil network create blue --range 10.0.0.0/24
-  trefoil vm create web --image debian --template small --network blue
+  trefoil vm create web --image debian --template normal --network blue
   trefoil vm list --output json
 
 Exit status:

@@ -79,7 +79,12 @@ impl Core {
     ///
     /// # Errors
     /// See [`CallError`].
-    pub async fn call_leader(&self, leader: ControllerId, call: &Call, deadline: Duration) -> Result<Answer, CallError> {
+    pub async fn call_leader(
+        &self,
+        leader: ControllerId,
+        call: &Call,
+        deadline: Duration,
+    ) -> Result<Answer, CallError> {
         let mut leadership = self.leadership.subscribe();
         let deposed = async {
             let another = leadership.wait_for(|now| now.leader.is_some_and(|id| id != leader)).await;

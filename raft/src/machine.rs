@@ -206,7 +206,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
-        self.shared.snapshots.current().map(|snapshot| with_meta(snapshot)).transpose()
+        self.shared.snapshots.current().map(with_meta).transpose()
     }
 }
 

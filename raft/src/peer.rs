@@ -62,8 +62,11 @@ pub enum Lane {
 #[derive(Clone)]
 pub struct Peers {
     tls: ClientTlsConfig,
-    channels: Arc<Mutex<BTreeMap<(u64, Lane), (String, Channel)>>>,
+    channels: Arc<Mutex<Channels>>,
 }
+
+/// By peer and lane: the address that it leads to, and the channel.
+type Channels = BTreeMap<(u64, Lane), (String, Channel)>;
 
 /// A call that failed.
 #[derive(Debug)]

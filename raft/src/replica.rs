@@ -10,8 +10,9 @@ use std::{
 use model::{Command, ControllerId, State};
 use openraft::{BasicNode, Config, Instant as _, SnapshotPolicy, async_runtime::WatchReceiver, errors::RaftError};
 use storage::{
-    failure::{self, OnFailure},
+    failure::{self, OnFailure, StorageError},
     log::Log,
+    record::Position,
     snapshot::SnapshotStore,
     state::StateStore,
 };
@@ -334,8 +335,22 @@ fn open_storage(data: &std::path::Path, on_failure: &OnFailure) -> Result<(Log, 
     let log = Log::open(&data.join("raft-log"), on_failure.clone())?;
     let (tables, loaded) = StateStore::open(data, on_failure.clone())?;
     let snapshots = SnapshotStore::open(&data.join("snapshots"))?;
+    check_whole(&log, loaded.applied, &snapshots)?;
     let machine = Machine::new(loaded, tables.clone(), snapshots, on_failure.clone())?;
     Ok((log, tables, machine))
+}
+
+/// Refuses a directory of which a part was lost: its member would vote without what it has promised.
+fn check_whole(log: &Log, applied: Option<Position>, snapshots: &SnapshotStore) -> Result<(), OpenError> {
+    let damaged = |what: &str| Err(OpenError::Storage(StorageError::Damaged { what: what.into() }));
+    if applied.is_some() && log.vote()?.is_none() {
+        return damaged("the Raft log (it is empty and the state tables are not)");
+    }
+    let restorable = applied.max(snapshots.current().and_then(|snapshot| snapshot.manifest().applied));
+    if log.purged()?.map(|p| p.index) > restorable.map(|p| p.index) {
+        return damaged("the state tables (they are older than the beginning of the log)");
+    }
+    Ok(())
 }
 
 fn checked_identity(config: &ReplicaConfig) -> Result<api::tls::Identity, OpenError> {

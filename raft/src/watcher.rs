@@ -20,7 +20,7 @@ const REPORT_DEADLINE: Duration = Duration::from_secs(1);
 pub async fn leadership_loop(core: SharedCore) {
     let mut metrics = core.raft.server_metrics();
     loop {
-        let now = seen(&core, &*metrics.borrow_watched());
+        let now = seen(&core, &metrics.borrow_watched());
         publish(&core, now);
         let mine = now.leader == Some(ControllerId(core.id));
         if mine && !core.leadership().leading {

@@ -116,6 +116,10 @@ impl StateStore {
         let number = current_number(data)?;
         let number = match number {
             Some(number) => number,
+            // It is written before the first tables are made, so tables without it have lost it.
+            None if directory::entries(data)?.iter().any(|(name, _)| name.starts_with(PREFIX)) => {
+                return Err(StorageError::damaged(format!("{CURRENT} (it is missing)")));
+            }
             None => {
                 write_current(data, 1)?;
                 1
@@ -333,7 +337,7 @@ impl Tables {
 
 /// The directory that `DATA/CURRENT` names, for reading a stopped controller.
 pub(crate) fn current_path(data: &Path) -> Result<PathBuf, StorageError> {
-    let number = current_number(data)?.ok_or_else(|| StorageError::damaged(format!("{CURRENT} is missing: it")))?;
+    let number = current_number(data)?.ok_or_else(|| StorageError::damaged(format!("{CURRENT} (it is missing)")))?;
     Ok(state_path(data, number))
 }
 

@@ -29,7 +29,7 @@ use crate::{
 pub enum VmCommand {
     /// Creates and starts a machine
     #[command(
-        after_help = "Example:\n  trefoil vm create web --image debian --template small --network blue \\\n    --ssh-key ~/.ssh/id_ed25519.pub"
+        after_help = "Example:\n  trefoil vm create web --image debian --template normal --network blue \\\n    --ssh-key ~/.ssh/id_ed25519.pub"
     )]
     Create(CreateArgs),
     /// Lists machines

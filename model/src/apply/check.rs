@@ -22,6 +22,11 @@ pub(super) fn dotted(field: &str, name: &str) -> Result<(), Rejection> {
     named(field, name, "-._", "a name")
 }
 
+/// A name that reads as another row's id would hide that row.
+pub(super) fn not_an_id<Id: std::str::FromStr>(field: &str, name: &str) -> Result<(), Rejection> {
+    if name.parse::<Id>().is_err() { Ok(()) } else { Err(invalid(field, name, "a name that does not look like an id")) }
+}
+
 fn named(field: &str, name: &str, inner: &str, what: &str) -> Result<(), Rejection> {
     let edge = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = name.as_bytes();

@@ -63,6 +63,7 @@ impl State {
     /// What an upload is checked against before its first byte is sent, and again when it is recorded.
     fn may_import(&self, m: Moment, tenant: TenantId, name: &str, size_bytes: u64) -> Result<(), Rejection> {
         check::dotted("name", name)?;
+        check::not_an_id::<ImageId>("name", name)?;
         check::between("size_bytes", size_bytes, 1, MOST_BYTES)?;
         let owner = self.visible_tenant(m, tenant)?;
         if self.image_named(tenant, name).is_some() {

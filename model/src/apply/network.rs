@@ -10,6 +10,7 @@ const LAST_VNI: u32 = (1 << 24) - 1;
 impl State {
     pub(super) fn create_network(&mut self, m: Moment, tenant: TenantId, name: &str, range: Cidr) -> Applied {
         check::label("name", name)?;
+        check::not_an_id::<NetworkId>("name", name)?;
         // The type can hold what its parser refuses; what comes in by the log is parsed once more.
         if range.to_string().parse() != Ok(range) {
             return Err(check::invalid("range", range, "an aligned IPv4 range with a prefix of 8 to 29"));

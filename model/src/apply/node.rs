@@ -19,6 +19,7 @@ impl State {
     pub(super) fn join_node(&mut self, m: Moment, token: &Digest, name: &str) -> Applied {
         self.usable_token(m, token, JoinRole::Agent)?;
         check::label("name", name)?;
+        check::not_an_id::<NodeId>("name", name)?;
         if self.node_named(name).is_some() {
             return Err(check::exists("node", name));
         }

@@ -15,6 +15,7 @@ const MOST_PRICE_NANO: u64 = 1_000_000_000_000_000;
 impl State {
     pub(super) fn create_tenant(&mut self, m: Moment, name: &str, quota: Quota) -> Applied {
         check::label("name", name)?;
+        check::not_an_id::<TenantId>("name", name)?;
         if self.tenant_named(name).is_some() {
             return Err(check::exists("tenant", name));
         }

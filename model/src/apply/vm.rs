@@ -23,6 +23,7 @@ const MOST_GRACE_MILLIS: u64 = 60 * 60 * 1000;
 impl State {
     pub(super) fn create_vm(&mut self, m: Moment, tenant: TenantId, order: Order) -> Applied {
         check::label("name", order.name)?;
+        check::not_an_id::<VmId>("name", order.name)?;
         check::ssh_keys(order.ssh_keys)?;
         check::user_data(order.user_data)?;
         let owner = self.visible_tenant(m, tenant)?;

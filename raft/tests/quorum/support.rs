@@ -76,14 +76,8 @@ impl Quorum {
         let listener = TcpListener::bind(before.unwrap_or(([127, 0, 0, 1], 0).into())).unwrap();
         listener.set_nonblocking(true).unwrap();
         self.addresses.insert(id, listener.local_addr().unwrap());
-        let identity = self.authority.issue(&ControllerId(id).to_string()).unwrap();
-        let config = ReplicaConfig {
-            id: ControllerId(id),
-            data: self.data(id),
-            tls: identity.clone().into(),
-            timing: Timing::NOISY,
-            snapshot_every: SNAPSHOT_EVERY,
-        };
+        let identity = self.identity(&ControllerId(id).to_string());
+        let config = self.config(id, &identity);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let opened = runtime.spawn(async move {
             let replica = Replica::open(config).await.unwrap();
@@ -107,6 +101,16 @@ impl Quorum {
     /// Loses its disk.
     pub fn wipe(&self, id: u64) {
         std::fs::remove_dir_all(self.data(id)).unwrap();
+    }
+
+    pub fn config(&self, id: u64, identity: &api::tls::Identity) -> ReplicaConfig {
+        ReplicaConfig {
+            id: ControllerId(id),
+            data: self.data(id),
+            tls: identity.clone().into(),
+            timing: Timing::NOISY,
+            snapshot_every: SNAPSHOT_EVERY,
+        }
     }
 
     /// A certificate of the same authority for somebody.
