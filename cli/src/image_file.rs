@@ -96,7 +96,7 @@ fn judge(header: &[u8], size_bytes: u64, asked: Option<ImageFormat>) -> Result<I
 }
 
 fn raw(size_bytes: u64) -> Result<ImageFile, String> {
-    if size_bytes == 0 || size_bytes % SECTOR != 0 || size_bytes > MAX_VIRTUAL_BYTES {
+    if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR) || size_bytes > MAX_VIRTUAL_BYTES {
         return Err(format!("has {size_bytes} bytes, but a disk is 512 to {MAX_VIRTUAL_BYTES} in whole sectors"));
     }
     Ok(ImageFile { format: ImageFormat::Raw, size_bytes, virtual_bytes: size_bytes })

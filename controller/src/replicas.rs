@@ -54,6 +54,9 @@ pub(crate) async fn upload(
         puts.spawn(async move { client.put_image(stream).await.map_err(|status| on_node(name, status)) });
         senders.push(sender);
     }
+    // A node that has the bytes already answers at once, whatever is sent; that nobody gets an image by knowing its
+    // digest alone, they are checked here too.
+    let mut seen = blake3::Hasher::new();
     let mut sent = 0;
     while let Some(message) =
         timeout(STALL, parts.message()).await.map_err(|_| ApiError::timeout("the upload stalled"))??
@@ -65,18 +68,26 @@ pub(crate) async fn upload(
         if sent > size_bytes {
             break;
         }
-        for sender in &senders {
+        seen.update(&data);
+        let mut listening = Vec::with_capacity(senders.len());
+        for sender in senders {
             let part = Some(put_image_request::Part::Data(data.clone()));
-            let put = timeout(STALL, sender.send(proto::PutImageRequest { part })).await;
-            if !matches!(put, Ok(Ok(()))) {
-                return Err(first_failure(&mut puts).await);
+            match timeout(STALL, sender.send(proto::PutImageRequest { part })).await {
+                Ok(Ok(())) => listening.push(sender),
+                // It has answered: that it has the image, or what its trouble is. Heard below.
+                Ok(Err(_)) => {}
+                Err(_) => return Err(ApiError::new("unavailable", "a node stopped taking the image")),
             }
         }
+        senders = listening;
     }
     if sent != size_bytes {
         return Err(ApiError::invalid(format!(
             "size_bytes is '{size_bytes}', but must be what was sent ({sent} bytes)"
         )));
+    }
+    if *seen.finalize().as_bytes() != digest.0 {
+        return Err(ApiError::invalid(format!("digest is '{digest}', but must be that of the bytes that were sent")));
     }
     drop(senders);
     while let Some(put) = timeout(SYNC, puts.join_next())
@@ -86,16 +97,6 @@ pub(crate) async fn upload(
         put.map_err(|e| ApiError::internal(format!("an upload to a node ended: {e}")))??;
     }
     Ok(())
-}
-
-/// Why a node no longer takes what is sent to it.
-async fn first_failure(puts: &mut JoinSet<Result<tonic::Response<proto::Done>, ApiError>>) -> ApiError {
-    while let Ok(Some(put)) = timeout(STALL, puts.join_next()).await {
-        if let Ok(Err(error)) = put {
-            return error;
-        }
-    }
-    ApiError::new("unavailable", "a node stopped taking the image")
 }
 
 fn on_node(node: NodeId, status: Status) -> ApiError {

@@ -51,7 +51,12 @@ pub struct Options {
     pub agents: usize,
     /// Each on a network host of its own, so that links can be cut.
     pub isolated: bool,
+    /// Log entries between snapshots; `None` is the product's own choice.
+    pub snapshot_every: Option<u64>,
 }
+
+/// Small, so that snapshots are made, sent and installed in a run of a minute.
+pub const OFTEN: Option<u64> = Some(500);
 
 struct Member {
     /// Which host of the switch it lives on.
@@ -70,6 +75,7 @@ pub struct Cluster {
     agents: Vec<Member>,
     access: Access,
     switch: Option<Switch>,
+    snapshot_every: Option<u64>,
     _turn: Flock<File>,
 }
 
@@ -92,6 +98,7 @@ impl Cluster {
             agents: Vec::new(),
             access: Access { ca_pem: String::new(), token: String::new() },
             switch,
+            snapshot_every: options.snapshot_every,
             _turn: turn,
         };
         cluster.found()?;

@@ -15,7 +15,7 @@ use crate::{
     chance::Chance,
     checker::{self, Finding},
     client::{Answer, Client},
-    cluster::{Cluster, Options, switch::Switch},
+    cluster::{Cluster, OFTEN, Options, switch::Switch},
     history::{self, Function, Kind, Operation, Recorder},
     nemesis::{self, Family, Fault, Outcome},
     verdict::Verdict,
@@ -79,7 +79,7 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     std::fs::create_dir_all(&plan.folder)?;
     let (faults, skipped) = faults(plan);
     let isolated = faults.iter().any(|fault| Family::Partition.faults().contains(fault));
-    let options = Options { controllers: 3, agents: 0, isolated };
+    let options = Options { controllers: 3, agents: 0, isolated, snapshot_every: OFTEN };
     let mut cluster = Cluster::start(&plan.folder.join("cluster"), options).await?;
     let tenant = "jepsen";
     cluster.create_tenant(tenant).await?;

@@ -88,7 +88,9 @@ pub async fn run(settings: &Settings) -> anyhow::Result<Results> {
 async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<Results> {
     let before = load_average();
     let mut skipped = Vec::new();
-    let mut cluster = Cluster::start(&root.join("t"), Options { controllers: 3, agents: 0, isolated: false }).await?;
+    let mut cluster =
+        Cluster::start(&root.join("t"), Options { controllers: 3, agents: 0, isolated: false, snapshot_every: None })
+            .await?;
     cluster.create_tenant(TENANT).await?;
     let mut etcd = match Etcd::obstacle() {
         None => Some(Etcd::start(&root.join("e")).await?),

@@ -16,7 +16,7 @@ use api::{
         trefoil_client::TrefoilClient,
     },
 };
-use jepsen::cluster::{Cluster, Options};
+use jepsen::cluster::{Cluster, OFTEN, Options};
 use serde_json::Value;
 use tonic::transport::Channel;
 
@@ -54,7 +54,7 @@ impl Stage {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("tft-{}-{number}", std::process::id()));
         let folder = Folder(path);
-        let options = Options { controllers: 3, agents: hosts, isolated: false };
+        let options = Options { controllers: 3, agents: hosts, isolated: false, snapshot_every: OFTEN };
         let cluster = Cluster::start(&folder.0, options).await.expect("the cluster comes up");
         cluster.create_tenant(TENANT).await.expect("a tenant is created");
         let client = cluster.client().expect("a client");

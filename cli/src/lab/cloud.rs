@@ -98,9 +98,7 @@ impl Cloud {
         ensure!(dir.as_os_str().len() <= MAX_DIR_BYTES, "the path {} is too long for the sockets in it", dir.display());
         let hidden = ["/run", "/var/run", "/dev", "/proc", "/sys"].iter().any(|top| dir.starts_with(top));
         ensure!(hypervisor == LabHypervisor::Simulated || !hidden, "{} is not seen inside the hosts", dir.display());
-        if dir.join(RECORD).exists() {
-            bail!("there is a cloud in {} already: `trefoil down` removes it", dir.display());
-        }
+        ensure!(!Self::is_in(&dir), "there is a cloud in {} already: `trefoil down` removes it", dir.display());
         make_private(&dir)?;
         ensure!(is_empty(&dir)?, "{} has other files in it", dir.display());
         let (controllers, hosts) = counts;

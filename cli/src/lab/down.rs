@@ -85,7 +85,7 @@ async fn remove_namespaces(dir: &Path) -> Result<usize> {
     let names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     let ours: Vec<&String> = names.iter().filter(|name| name.starts_with(&prefix)).collect();
     for name in &ours {
-        run(&Place::Here, &["ip", "netns", "delete", name]).await?;
+        run(dir, &Place::Here, &["ip", "netns", "delete", name]).await?;
     }
     Ok(ours.len())
 }

@@ -55,6 +55,7 @@ pub struct Exec {
     placement: Placement,
     /// c1, c2 ... or h1, h2 ...
     name: String,
+    /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
 }
@@ -67,6 +68,7 @@ pub struct TenantExec {
     host: String,
     /// The network's VNI, as `trefoil network list --output json` shows it
     vni: u32,
+    /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
 }

@@ -40,7 +40,7 @@ pub enum Role {
 pub async fn init_controller(cloud: &Cloud, controller: &Controller) -> Result<u64> {
     let mut words = place_words("controller", "init", cloud, &controller.name, &controller.address);
     words.extend(["--operator", OPERATOR].into_iter().chain(TIMING).map(String::from));
-    let founded = trefoil(&cloud.place_of_controller(controller), words).await?;
+    let founded = trefoil(cloud, &cloud.place_of_controller(controller), words).await?;
     let text = |field: &str| founded[field].as_str().with_context(|| format!("the answer has no {field}"));
     cloud.save_access(text("operator_token")?, text("ca_pem")?)?;
     Ok(1)
@@ -200,18 +200,18 @@ async fn join(cloud: &Cloud, place: &Place, name: &str, mut words: Vec<String>, 
     let file = cloud.dir.join(format!("{name}.token"));
     write_private(&file, token)?;
     words.extend(["--token".into(), format!("@{}", file.display())]);
-    let joined = trefoil(place, words).await;
+    let joined = trefoil(cloud, place, words).await;
     fs::remove_file(&file)?;
     joined
 }
 
 /// Runs this program to its end; what it printed, as JSON.
-async fn trefoil(place: &Place, words: Vec<String>) -> Result<Value> {
+async fn trefoil(cloud: &Cloud, place: &Place, words: Vec<String>) -> Result<Value> {
     let program = program()?;
     let mut command: Vec<&str> = vec![&program];
     command.extend(words.iter().map(String::as_str));
     command.extend(["--output", "json"]);
-    let output = run(place, &command).await?;
+    let output = run(&cloud.dir, place, &command).await?;
     serde_json::from_str(&output).with_context(|| format!("the answer is not JSON: {output}"))
 }
 

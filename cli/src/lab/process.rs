@@ -176,15 +176,16 @@ pub fn marked(dir: &Path) -> BTreeSet<ProcessId> {
     pids.filter(|pid| *pid != own && carries(*pid)).filter_map(ProcessId::of).collect()
 }
 
-/// A program that runs to its end, in a place; its output.
+/// A program that runs to its end, in a place, for the cloud in `dir`; its output.
 ///
 /// # Errors
 /// When it fails; the sentence is what it said.
-pub async fn run(place: &Place, command: &[&str]) -> Result<String> {
+pub async fn run(dir: &Path, place: &Place, command: &[&str]) -> Result<String> {
     let line = place.command_line(command);
     let (program, arguments) = line.split_first().context("an empty command")?;
     let output = tokio::process::Command::new(program)
         .args(arguments)
+        .env(MARK, dir)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()

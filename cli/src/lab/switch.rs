@@ -18,9 +18,10 @@ const NAME: &str = "sw";
 /// When the kernel refuses.
 pub async fn make(cloud: &Cloud) -> Result<()> {
     let switch = &cloud.namespace(NAME);
-    ip(&["netns", "add", switch]).await?;
-    ip(&["-n", switch, "link", "add", "under", "type", "bridge", "forward_delay", "0", "stp_state", "0"]).await?;
-    ip(&["-n", switch, "link", "set", "under", "up"]).await
+    ip(cloud, &["netns", "add", switch]).await?;
+    ip(cloud, &["-n", switch, "link", "add", "under", "type", "bridge", "forward_delay", "0", "stp_state", "0"])
+        .await?;
+    ip(cloud, &["-n", switch, "link", "set", "under", "up"]).await
 }
 
 /// Makes the network namespace of a controller and plugs it in.
@@ -29,9 +30,9 @@ pub async fn make(cloud: &Cloud) -> Result<()> {
 /// When the kernel refuses.
 pub async fn plug_controller(cloud: &Cloud, name: &str, underlay: IpAddr) -> Result<()> {
     let namespace = &cloud.namespace(name);
-    ip(&["netns", "add", namespace]).await?;
+    ip(cloud, &["netns", "add", namespace]).await?;
     plug(cloud, name, namespace, underlay).await?;
-    set_up(&Place::Network(namespace.clone()), underlay).await
+    set_up(cloud, &Place::Network(namespace.clone()), underlay).await
 }
 
 /// Plugs in a host by its first process.
@@ -40,7 +41,7 @@ pub async fn plug_controller(cloud: &Cloud, name: &str, underlay: IpAddr) -> Res
 /// When the kernel refuses.
 pub async fn plug_host(cloud: &Cloud, name: &str, underlay: IpAddr, init: ProcessId) -> Result<()> {
     plug(cloud, name, &init.pid.to_string(), underlay).await?;
-    set_up(&Place::Host(init), underlay).await
+    set_up(cloud, &Place::Host(init), underlay).await
 }
 
 /// Pulls a cable, or plugs it in again.
@@ -49,7 +50,7 @@ pub async fn plug_host(cloud: &Cloud, name: &str, underlay: IpAddr, init: Proces
 /// When there is no such port.
 pub async fn set_port(cloud: &Cloud, name: &str, connected: bool) -> Result<()> {
     let state = if connected { "up" } else { "down" };
-    ip(&["-n", &cloud.namespace(NAME), "link", "set", name, state]).await
+    ip(cloud, &["-n", &cloud.namespace(NAME), "link", "set", name, state]).await
 }
 
 /// The cable is made inside the switch: the machine's own network never sees an end of it. `to` is the name of a
@@ -62,16 +63,16 @@ async fn plug(cloud: &Cloud, port: &str, to: &str, underlay: IpAddr) -> Result<(
     };
     let mac = octets.iter().fold(String::from("06:77"), |mac, octet| format!("{mac}:{octet:02x}"));
     let cable = ["type", "veth", "peer", "name", "under0", "address", &mac, "netns", to];
-    ip(&[&["-n", switch, "link", "add", port], &cable[..]].concat()).await?;
-    ip(&["-n", switch, "link", "set", port, "master", "under", "up"]).await
+    ip(cloud, &[&["-n", switch, "link", "add", port], &cable[..]].concat()).await?;
+    ip(cloud, &["-n", switch, "link", "set", port, "master", "under", "up"]).await
 }
 
-async fn set_up(place: &Place, underlay: IpAddr) -> Result<()> {
-    run(place, &["ip", "link", "set", "lo", "up"]).await?;
-    run(place, &["ip", "address", "add", &format!("{underlay}/16"), "dev", "under0"]).await?;
-    run(place, &["ip", "link", "set", "under0", "up"]).await.map(|_| ())
+async fn set_up(cloud: &Cloud, place: &Place, underlay: IpAddr) -> Result<()> {
+    run(&cloud.dir, place, &["ip", "link", "set", "lo", "up"]).await?;
+    run(&cloud.dir, place, &["ip", "address", "add", &format!("{underlay}/16"), "dev", "under0"]).await?;
+    run(&cloud.dir, place, &["ip", "link", "set", "under0", "up"]).await.map(|_| ())
 }
 
-async fn ip(arguments: &[&str]) -> Result<()> {
-    run(&Place::Here, &[&["ip"], arguments].concat()).await.map(|_| ())
+async fn ip(cloud: &Cloud, arguments: &[&str]) -> Result<()> {
+    run(&cloud.dir, &Place::Here, &[&["ip"], arguments].concat()).await.map(|_| ())
 }

@@ -90,6 +90,8 @@ fn best_hypervisor() -> LabHypervisor {
 
 /// Everything that can be known before anything is started.
 fn check(args: &UpArgs, hypervisor: LabHypervisor) -> Result<()> {
+    let dir = args.placement.dir.display();
+    ensure!(!Cloud::is_in(&args.placement.dir), "there is a cloud in {dir} already: `trefoil down` removes it");
     let tools = match hypervisor {
         LabHypervisor::Libvirt => &TOOLS[..],
         LabHypervisor::Simulated => &TOOLS[..1],

@@ -8,13 +8,12 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use api::{client::new_request_id, proto::ControllerRef};
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::Value;
 
-use super::{Access, Cluster, Member, process::Process};
+use super::{Access, Cluster, Member, Stub, process::Process};
 
-/// Small, so that snapshots are made, sent and installed in a run of a minute.
-const SNAPSHOT_EVERY: &str = "500";
 /// In thousandths of a real host's: a guest starts in a tenth of a second.
 const SIMULATED_DELAY: &str = "100";
 /// Ports of controllers and agents on hosts of their own.
@@ -99,7 +98,7 @@ impl Cluster {
         Ok(number)
     }
 
-    /// The same place with an empty disk: joins again and gets another id.
+    /// The same place with an empty disk: the lost one is removed from the quorum, then it joins and gets another id.
     ///
     /// # Errors
     /// When it runs, or is refused.
@@ -109,6 +108,9 @@ impl Cluster {
             "a disk is not wiped under a running controller"
         );
         std::fs::remove_dir_all(&self.controllers[controller].data)?;
+        let lost = ControllerRef { id: self.controllers[controller].id };
+        let call = |mut stub: Stub, request| async move { stub.remove_controller(request).await };
+        self.client()?.mutate(new_request_id(), lost, call).await?;
         let token = self.join_token("controller").await?;
         let mut arguments = self.place(&self.controllers[controller], "join");
         arguments.extend(["--token".to_owned(), token, "--output".to_owned(), "json".to_owned()]);
@@ -142,10 +144,12 @@ impl Cluster {
             ("--name", &member.name),
             ("--listen", &member.address),
             ("--advertise", &member.address),
-            ("--snapshot-every", SNAPSHOT_EVERY),
         ];
         let mut arguments = vec!["controller".to_owned(), verb.to_owned()];
         arguments.extend(pairs.iter().flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()]));
+        if let Some(entries) = self.snapshot_every {
+            arguments.extend(["--snapshot-every".to_owned(), entries.to_string()]);
+        }
         arguments
     }
 
