@@ -13,6 +13,10 @@ use crate::{
 /// What one planner proposes at once: enough to keep the log busy, few enough to re-plan on fresh facts soon.
 const BATCH: usize = 256;
 
+/// Nodes whose load differs by less than this, a weight, count as equally idle, and the one with fewest machines is
+/// taken: samples of use vary by as much on an idle host, and following them would pile machines up.
+const NOISE_PERMILLE: u64 = 50;
+
 /// Everything that should be proposed at `now` (the leader's wall clock).
 pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
     let mut commands = silence(state, telemetry, now);
@@ -55,15 +59,23 @@ fn due(state: &State, now: Timestamp) -> Vec<PlannerCommand> {
     passed.filter_map(judge).collect()
 }
 
+/// What a plan itself gives to a node, and to how many machines.
+type Promised = BTreeMap<NodeId, (Capacity, usize)>;
+
 /// The idlest node with room for each machine that waits, oldest first; or the reason why there is none.
 fn place(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
-    let mut promised: BTreeMap<NodeId, Capacity> = BTreeMap::new();
+    if state.index.unplaced.is_empty() {
+        return Vec::new();
+    }
+    let coming = coming(state);
+    let mut promised: Promised = BTreeMap::new();
     let mut commands = Vec::new();
     for vm in state.index.unplaced.iter().take(BATCH).filter_map(|id| state.vms().get(id)) {
-        match idlest(state, telemetry, &promised, vm) {
+        match idlest(state, telemetry, &coming, &promised, vm) {
             Ok(node) => {
-                let extra = promised.entry(node).or_default();
+                let (extra, machines) = promised.entry(node).or_default();
                 *extra = extra.plus(vm.size);
+                *machines += 1;
                 commands.push(PlannerCommand::PlaceVm { vm: vm.id, node });
             }
             Err(reason) if reason != vm.reason => commands.push(PlannerCommand::DeferVm { vm: vm.id, reason }),
@@ -73,28 +85,44 @@ fn place(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
     commands
 }
 
+/// What each node is creating just now: promised already, and not yet in the use that it reports.
+fn coming(state: &State) -> BTreeMap<NodeId, Capacity> {
+    let mut coming: BTreeMap<NodeId, Capacity> = BTreeMap::new();
+    for vm in state.index.due.iter().filter_map(|(_, id)| state.vms().get(id)).filter(|vm| vm.phase.is_none()) {
+        if let Some(placement) = vm.placement {
+            let sum = coming.entry(placement.node).or_default();
+            *sum = sum.plus(vm.size);
+        }
+    }
+    coming
+}
+
 fn idlest(
     state: &State,
     telemetry: &Telemetry,
-    promised: &BTreeMap<NodeId, Capacity>,
+    coming: &BTreeMap<NodeId, Capacity>,
+    promised: &Promised,
     vm: &Vm,
 ) -> Result<NodeId, String> {
     let mut refusals: BTreeMap<String, u32> = BTreeMap::new();
-    let mut best: Option<(u64, usize, NodeId)> = None;
+    let mut open: Vec<(u64, usize, NodeId)> = Vec::new();
     for node in state.nodes().values() {
-        let extra = promised.get(&node.id).copied().unwrap_or_default();
+        let (extra, more) = promised.get(&node.id).copied().unwrap_or_default();
         if let Err(refusal) = state.has_room(node, vm.size.plus(extra)) {
             let crate::Rejection::NoRoom { reason, .. } = refusal else { continue };
             *refusals.entry(reason).or_default() += 1;
             continue;
         }
-        let load = load_permille(state, telemetry, node, extra);
-        let rank = (load, state.vm_count_on_node(node.id), node.id);
-        if best.is_none_or(|best| rank < best) {
-            best = Some(rank);
-        }
+        let coming = coming.get(&node.id).copied().unwrap_or_default();
+        let load = load_permille(state, telemetry, node, coming, extra);
+        open.push((load, state.vm_count_on_node(node.id) + more, node.id));
     }
-    best.map(|(_, _, node)| node).ok_or_else(|| {
+    let weights =
+        [setting::WEIGHT_CPU, setting::WEIGHT_MEMORY, setting::WEIGHT_DISK].map(|weight| state.setting(weight));
+    let noise = weights.iter().fold(0, |sum: u64, weight| sum.saturating_add(weight.saturating_mul(NOISE_PERMILLE)));
+    let least = open.iter().map(|(load, ..)| *load).min().unwrap_or_default();
+    let idle = open.iter().filter(|(load, ..)| *load <= least.saturating_add(noise));
+    idle.min_by_key(|(load, machines, node)| (*machines, *load, *node)).map(|(.., node)| *node).ok_or_else(|| {
         let why: Vec<String> = refusals.iter().map(|(reason, count)| format!("{count} × {reason}")).collect();
         match why.is_empty() {
             true => "no node has joined yet".into(),
@@ -103,18 +131,23 @@ fn idlest(
     })
 }
 
-/// Weighted use, in thousandths: of each resource what is used or promised, whichever is more, because a machine that
-/// was just placed does not show in the node's use yet.
-fn load_permille(state: &State, telemetry: &Telemetry, node: &Node, extra: Capacity) -> u64 {
+/// Weighted use, in thousandths: of each resource what is used and about to be used, or what is promised, whichever is
+/// more. `coming` is promised already, `extra` by this very plan.
+fn load_permille(state: &State, telemetry: &Telemetry, node: &Node, coming: Capacity, extra: Capacity) -> u64 {
     let share =
         |part: u64, whole: u64| u64::try_from(u128::from(part) * 1000 / u128::from(whole.max(1))).unwrap_or(u64::MAX);
     let room = state.promisable(node);
     let promised = state.reserved(node.id).plus(extra);
+    let soon = coming.plus(extra);
     let used = telemetry.nodes.get(&node.id).map(|heard| heard.status.clone()).unwrap_or_default();
-    let cpu = u64::from(used.cpu_permille).max(share(promised.vcpus, room.vcpus));
-    let memory =
-        share(used.memory_used_bytes, used.memory_total_bytes).max(share(promised.memory_bytes, room.memory_bytes));
-    let disk = share(used.disk_used_bytes, used.disk_total_bytes).max(share(promised.disk_bytes, room.disk_bytes));
+    let used_memory = share(used.memory_used_bytes, used.memory_total_bytes);
+    let used_disk = share(used.disk_used_bytes, used.disk_total_bytes);
+    let load = |used: u64, soon: u64, promised: u64, room: u64| {
+        used.saturating_add(share(soon, room)).max(share(promised, room))
+    };
+    let cpu = load(u64::from(used.cpu_permille), soon.vcpus, promised.vcpus, room.vcpus);
+    let memory = load(used_memory, soon.memory_bytes, promised.memory_bytes, room.memory_bytes);
+    let disk = load(used_disk, soon.disk_bytes, promised.disk_bytes, room.disk_bytes);
     [(cpu, setting::WEIGHT_CPU), (memory, setting::WEIGHT_MEMORY), (disk, setting::WEIGHT_DISK)]
         .into_iter()
         .map(|(permille, weight)| permille.saturating_mul(state.setting(weight)))
