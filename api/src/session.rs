@@ -48,3 +48,29 @@ pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, postcard::Er
     let (message, rest) = postcard::take_from_bytes(bytes)?;
     if rest.is_empty() { Ok(message) } else { Err(postcard::Error::DeserializeBadEncoding) }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_message_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            if let Ok(message) = decode::<FromAgent>(&bytes) {
+                prop_assert_eq!(decode::<FromAgent>(&encode(&message)), Ok(message));
+            }
+            if let Ok(message) = decode::<ToAgent>(&bytes) {
+                prop_assert_eq!(decode::<ToAgent>(&encode(&message)), Ok(message));
+            }
+        }
+
+        #[test]
+        fn a_cut_or_lengthened_message_is_refused(number in any::<u64>(), cut in 1_usize..4) {
+            let bytes = encode(&ToAgent::Reported { number });
+            prop_assert!(decode::<ToAgent>(&bytes[..bytes.len() - cut.min(bytes.len())]).is_err());
+            prop_assert!(decode::<ToAgent>(&[&bytes[..], &[0]].concat()).is_err());
+        }
+    }
+}

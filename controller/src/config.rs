@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub enum Timing {
     /// Heartbeat 50 ms, election 150 to 300 ms: own disks, own cores.
     Lan,
-    /// Heartbeat 100 ms, election 500 to 1000 ms: shared or busy machines.
+    /// Heartbeat 150 ms, election 500 to 1000 ms: shared or busy machines.
     Noisy,
 }
 

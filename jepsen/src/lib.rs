@@ -10,6 +10,7 @@ pub mod checker;
 pub mod client;
 pub mod cluster;
 pub mod history;
+pub mod interrupt;
 pub mod nemesis;
 pub mod run;
 pub mod verdict;

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
-use jepsen::{nemesis::Family, run};
+use jepsen::{interrupt::asked_to_end, nemesis::Family, run};
 
 /// Clients against real controllers under faults, and a verdict on what they saw.
 #[derive(Parser)]
@@ -34,7 +34,7 @@ async fn main() -> ExitCode {
     eprintln!("seed {seed}, {} s, {}", plan.seconds, plan.folder.display());
     let outcome = tokio::select! {
         outcome = run::run(&plan) => outcome,
-        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        () = asked_to_end() => Err(anyhow::anyhow!("interrupted")),
     };
     match outcome {
         Ok(report) => {

@@ -85,6 +85,8 @@ pub struct Outcome {
     pub evidence: String,
     /// Empty, or why this fault does not count.
     pub doubt: String,
+    /// Milliseconds: the longest time from its beginning to its healing without an acknowledged write anywhere.
+    pub write_gap: f64,
 }
 
 /// A fault that is in force.
@@ -182,6 +184,7 @@ impl InForce {
             settled: healed,
             evidence: self.evidence,
             doubt: self.doubt,
+            write_gap: 0.0,
         })
     }
 }

@@ -204,7 +204,7 @@ fn judge(
     plan: &Plan,
     seconds: f64,
     operations: &[Operation],
-    faults: Vec<Outcome>,
+    mut faults: Vec<Outcome>,
     skipped: Vec<String>,
     finals: &[(String, BTreeSet<String>)],
     agree: Result<(), String>,
@@ -215,6 +215,9 @@ fn judge(
         ("set: nothing lost, nothing invented", checker::set::check(operations, finals)),
         ("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)),
     ];
+    for fault in &mut faults {
+        fault.write_gap = write_gap(operations, (fault.began, fault.healed));
+    }
     let gaps = gaps(plan, operations, &faults);
     let findings: Vec<Finding> = named.iter().map(|(_, finding)| finding.clone()).collect();
     let with = |kind: Kind| operations.iter().filter(|o| o.outcome == kind).count();
@@ -329,6 +332,10 @@ fn write_gap(operations: &[Operation], (from, to): (u64, u64)) -> f64 {
 impl Report {
     /// For a terminal.
     pub fn print(&self, folder: &Path) {
+        println!("\n{:<16}  {:<38} {:>12}", "fault", "hit", "write gap ms");
+        for fault in &self.faults {
+            println!("{:<16}  {:<38} {:>12.0}", fault.fault, fault.hit.join(" "), fault.write_gap);
+        }
         println!();
         for (promise, finding) in &self.findings {
             println!("{promise:<38} {finding}");

@@ -4,8 +4,8 @@
 //! command here; the handlers live by noun below.
 
 use crate::{
-    Actor, Command, Entry, NodeCommand, OperatorCommand, PlannerCommand, Rejection, Remembered, Reply, Role, State,
-    TenantCommand, TenantId, Timestamp, setting,
+    Actor, Command, Entry, NodeCommand, OperatorCommand, PlannerCommand, Rejection, Remembered, Reply, RequestId, Role,
+    State, TenantCommand, TenantId, Timestamp, setting,
 };
 
 mod check;
@@ -31,6 +31,8 @@ struct Moment<'a> {
     index: u64,
     now: Timestamp,
     actor: &'a Actor,
+    /// 0 when nobody named one.
+    request: RequestId,
 }
 
 impl State {
@@ -45,7 +47,8 @@ impl State {
         {
             return if seen.body == request.body { Ok(seen.reply.clone()) } else { Err(Rejection::RequestReused) };
         }
-        let reply = self.dispatch(Moment { index, now, actor: &entry.actor }, &entry.command)?;
+        let request = entry.request.map(|request| request.id).unwrap_or_default();
+        let reply = self.dispatch(Moment { index, now, actor: &entry.actor, request }, &entry.command)?;
         if let Some(request) = entry.request {
             self.remember(request.id, Remembered { body: request.body, at: now, reply: reply.clone() });
             let oldest = Timestamp(now.0.saturating_sub(self.setting(setting::REQUEST_MEMORY)));

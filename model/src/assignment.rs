@@ -9,7 +9,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, ReplicaState, State, Vm, VmId, Wanted,
+    Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, ReplicaState, RequestId, State, Vm, VmId,
+    Wanted,
 };
 
 /// Everything that a host should have. The agent refuses one whose generation is lower than one it has seen.
@@ -41,6 +42,8 @@ pub struct VmWish {
     pub vm: VmId,
     /// Log index of the placement.
     pub epoch: u64,
+    /// What its owner asked for last, for the host's log.
+    pub request: RequestId,
     /// What failed is left alone until the epoch or this changes.
     pub attempt: u32,
     pub power: Power,
@@ -160,6 +163,7 @@ impl State {
         Some(VmWish {
             vm: vm.id,
             epoch: vm.placement?.epoch,
+            request: vm.request,
             attempt: vm.tries,
             power: match vm.wanted {
                 Wanted::Running => Power::Running,

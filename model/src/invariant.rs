@@ -1,4 +1,4 @@
-//! What always holds, one named function each. Used by property tests, simulation and `trefoil quorum check`.
+//! What always holds, one named function each. The property tests check them after every entry.
 
 use std::collections::{BTreeMap, BTreeSet};
 

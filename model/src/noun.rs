@@ -8,7 +8,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Capacity, Cidr, ControllerId, Digest, ImageId, Mac, NetworkId, NodeId, TenantId, Timestamp, VmId};
+use crate::{
+    Capacity, Cidr, ControllerId, Digest, ImageId, Mac, NetworkId, NodeId, RequestId, TenantId, Timestamp, VmId,
+};
 
 /// What the cloud as a whole is called, and the counters that ids are minted from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -270,6 +272,8 @@ pub struct Vm {
     pub retry_at: Option<Timestamp>,
     /// When the present transition is given up; `None` at rest.
     pub deadline: Option<Timestamp>,
+    /// What its owner asked for last; the host's log names it with every step that it takes for it.
+    pub request: RequestId,
     /// Gone for its owner, kept until its host has said that nothing is left.
     pub ghost: bool,
     pub created_at: Timestamp,

@@ -139,13 +139,16 @@ fn load_permille(state: &State, telemetry: &Telemetry, node: &Node, coming: Capa
     let room = state.promisable(node);
     let promised = state.reserved(node.id).plus(extra);
     let soon = coming.plus(extra);
-    let used = telemetry.nodes.get(&node.id).map(|heard| heard.status.clone()).unwrap_or_default();
-    let used_memory = share(used.memory_used_bytes, used.memory_total_bytes);
-    let used_disk = share(used.disk_used_bytes, used.disk_total_bytes);
+    // A node that has not told its use yet counts as busy: it must not draw everything to itself.
+    let told = telemetry.nodes.get(&node.id).map(|heard| &heard.status).filter(|status| status.memory_total_bytes > 0);
+    let (used_cpu, used_memory, used_disk) = told.map_or((1000, 1000, 1000), |used| {
+        let memory = share(used.memory_used_bytes, used.memory_total_bytes);
+        (u64::from(used.cpu_permille), memory, share(used.disk_used_bytes, used.disk_total_bytes))
+    });
     let load = |used: u64, soon: u64, promised: u64, room: u64| {
         used.saturating_add(share(soon, room)).max(share(promised, room))
     };
-    let cpu = load(u64::from(used.cpu_permille), soon.vcpus, promised.vcpus, room.vcpus);
+    let cpu = load(used_cpu, soon.vcpus, promised.vcpus, room.vcpus);
     let memory = load(used_memory, soon.memory_bytes, promised.memory_bytes, room.memory_bytes);
     let disk = load(used_disk, soon.disk_bytes, promised.disk_bytes, room.disk_bytes);
     [(cpu, setting::WEIGHT_CPU), (memory, setting::WEIGHT_MEMORY), (disk, setting::WEIGHT_DISK)]

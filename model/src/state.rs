@@ -244,8 +244,8 @@ impl State {
 }
 
 /// What of a machine its host has to know.
-fn wished(vm: &Vm) -> (Option<crate::Placement>, crate::Wanted, u64, u32, u32) {
-    (vm.placement, vm.wanted, vm.stop_grace_millis, vm.reboots, vm.tries)
+fn wished(vm: &Vm) -> (Option<crate::Placement>, crate::Wanted, u64, u32, u32, RequestId) {
+    (vm.placement, vm.wanted, vm.stop_grace_millis, vm.reboots, vm.tries, vm.request)
 }
 
 /// Persistence: changed rows out, all rows in.

@@ -284,7 +284,9 @@ impl Executor {
         }
         self.save()?;
         for step in chosen {
-            tracing::info!(%step, generation = assignment.generation, "step");
+            let vm = if let Some(Subject::Vm(vm)) = step.subject() { wishes.get(&vm) } else { None };
+            let request = vm.map(|wish| tracing::field::display(wish.request));
+            tracing::info!(request, %step, generation = assignment.generation, "step");
             match step {
                 Step::Report(report) => self.outbox.vm(report),
                 Step::ReportImage(report) => self.outbox.image(report),

@@ -33,6 +33,10 @@ const CONNECTIONS: usize = 6;
 pub const KEYS: usize = 1000;
 pub const VALUE_BYTES: usize = 256;
 pub const TENANT: &str = "bench";
+/// The systems, as table and JSON name them.
+pub const TREFOIL: &str = "trefoil";
+pub const ETCD: &str = "etcd";
+pub const ETCD_TLS: &str = "etcd+tls";
 
 #[derive(Debug, clap::Args)]
 pub struct Settings {
@@ -88,24 +92,49 @@ pub async fn run(settings: &Settings) -> anyhow::Result<Results> {
 async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<Results> {
     let before = load_average();
     let mut skipped = Vec::new();
-    let mut cluster =
-        Cluster::start(&root.join("t"), Options { controllers: 3, agents: 0, isolated: false, snapshot_every: None })
-            .await?;
+    let options = Options { controllers: 3, agents: 0, isolated: false, snapshot_every: None };
+    let mut cluster = Cluster::start(&root.join("t"), options).await?;
     cluster.create_tenant(TENANT).await?;
-    let mut etcd = match Etcd::obstacle() {
-        None => Some(Etcd::start(&root.join("e")).await?),
-        Some(why) => {
-            skipped.push(format!("etcd: {why}"));
-            None
+    let mut peers: Vec<(&'static str, Etcd)> = Vec::new();
+    match Etcd::obstacle() {
+        None => {
+            peers.push((ETCD, Etcd::start(&root.join("e"), false).await?));
+            peers.push((ETCD_TLS, Etcd::start(&root.join("s"), true).await?));
         }
+        Some(why) => skipped.push(format!("etcd: {why}")),
+    }
+    let (disk, cells) = measure_load(settings, root, &cluster, &peers).await?;
+    let mib = |bytes: u64| bytes as f64 / 1_048_576.0;
+    let mut memory = vec![Memory { system: TREFOIL, resident_mib: mib(cluster.resident_bytes()) }];
+    memory.extend(peers.iter().map(|(system, etcd)| Memory { system, resident_mib: mib(etcd.resident_bytes()) }));
+    // Failover is a matter of timers, not of TLS: one etcd is enough, and nothing else runs beside.
+    peers.truncate(1);
+    let mut failover = vec![failover::trefoil(&mut cluster, settings.kills).await?];
+    cluster.stop().await?;
+    for (_, etcd) in &mut peers {
+        failover.push(failover::etcd(etcd, settings.kills).await?);
+    }
+    Ok(Results { disk, cells, failover, memory, skipped, load_average: [before, load_average()] })
+}
+
+/// Every operation at every number of clients, all systems in turn.
+async fn measure_load(
+    settings: &Settings,
+    root: &std::path::Path,
+    cluster: &Cluster,
+    peers: &[(&'static str, Etcd)],
+) -> anyhow::Result<(disk::SyncRate, Vec<Cell>)> {
+    let mut systems = vec![(TREFOIL, store::trefoil(cluster, CONNECTIONS)?)];
+    for (name, etcd) in peers {
+        systems.push((name, etcd.stores(CONNECTIONS)?));
+    }
+    for (name, stores) in &systems {
+        load::fill(stores).await.with_context(|| format!("filling {name}"))?;
+    }
+    let cpu_time = |system: usize| match system {
+        0 => cluster.cpu_time(),
+        peer => peers[peer - 1].1.cpu_time(),
     };
-    let mut systems = vec![("trefoil", store::trefoil(&cluster, CONNECTIONS)?)];
-    if let Some(etcd) = &etcd {
-        systems.push(("etcd", etcd.stores(CONNECTIONS)?));
-    }
-    for (_, stores) in &systems {
-        load::fill(stores).await?;
-    }
     let mut sync = disk::SyncRate::default();
     let mut cells = Vec::new();
     let time = Duration::from_secs_f64(settings.seconds);
@@ -117,30 +146,14 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
                 // Who goes first changes from round to round.
                 for turn in 0..systems.len() {
                     let index = (turn + round) % systems.len();
-                    let cpu = || {
-                        if index == 0 {
-                            cluster.cpu_time()
-                        } else {
-                            etcd.as_ref().map_or(Duration::ZERO, Etcd::cpu_time)
-                        }
-                    };
-                    rows[index].measure(&systems[index].1, time, cpu).await?;
+                    rows[index].measure(&systems[index].1, time, || cpu_time(index)).await?;
                 }
             }
             eprintln!("  {operation} at {clients}: {}", rows.iter().map(Cell::line).collect::<Vec<_>>().join("; "));
             cells.extend(rows);
         }
     }
-    let mut memory = vec![Memory { system: "trefoil", resident_mib: cluster.resident_bytes() as f64 / 1_048_576.0 }];
-    if let Some(etcd) = &etcd {
-        memory.push(Memory { system: "etcd", resident_mib: etcd.resident_bytes() as f64 / 1_048_576.0 });
-    }
-    let mut gaps = vec![failover::trefoil(&mut cluster, settings.kills).await?];
-    cluster.stop().await?;
-    if let Some(etcd) = &mut etcd {
-        gaps.push(failover::etcd(etcd, settings.kills).await?);
-    }
-    Ok(Results { disk: sync, cells, failover: gaps, memory, skipped, load_average: [before, load_average()] })
+    Ok((sync, cells))
 }
 
 /// Of the last minute.

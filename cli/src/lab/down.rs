@@ -126,6 +126,13 @@ mod tests {
         let cloud = Cloud::new(&dir, LabHypervisor::Simulated, false, (1, 1), 9000).unwrap();
         let log = cloud.log("x");
         let process = Daemon { dir: &dir, log: &log, place: &Place::Here }.start(&["sleep", "1000"]).await.unwrap();
+        // Between its fork and its exec a process has no mark yet.
+        let carries_the_mark = async {
+            while !marked(&dir).contains(&process) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), carries_the_mark).await.expect("it carries the mark");
         down(args(&dir)).await.unwrap();
         assert!(!process.is_alive() && !dir.exists());
         down(args(&dir)).await.unwrap();

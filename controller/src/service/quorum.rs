@@ -111,11 +111,14 @@ impl Service {
         if member && self.core.replica.members().len() == 1 {
             return Err(ApiError::new("in-use", format!("{id} is the only controller")));
         }
-        // In the book first: otherwise the leader, which takes in whoever has joined, would add it again.
-        let retire = Command::Planner(PlannerCommand::RetireController { controller: id });
-        self.core.propose(Actor::System, None, retire).await?.applied?;
+        // Out of the voters first: that may be refused, and then nothing has changed. Should the leader take it in again
+        // before it is retired in the book, it lets it go again afterwards.
         if member {
             self.core.replica.remove(id).await.map_err(membership_error)?;
+        }
+        if known {
+            let retire = Command::Planner(PlannerCommand::RetireController { controller: id });
+            self.core.propose(Actor::System, None, retire).await?.applied?;
         }
         Ok(proto::Done {})
     }

@@ -68,6 +68,7 @@ impl State {
             tries: 0,
             retry_at: None,
             deadline: None,
+            request: m.request,
             ghost: false,
             created_at: m.now,
             changed_at: m.now,
@@ -86,7 +87,7 @@ impl State {
         }
         vm.wanted = wanted;
         vm.stop_grace_millis = grace;
-        self.asked_anew(m.now, vm);
+        self.asked_anew(m, vm);
         Ok(Reply::Vm(id))
     }
 
@@ -100,7 +101,7 @@ impl State {
             )));
         }
         vm.reboots += 1;
-        self.asked_anew(m.now, vm);
+        self.asked_anew(m, vm);
         Ok(Reply::Vm(id))
     }
 
@@ -116,6 +117,7 @@ impl State {
             vm.changed_at = m.now;
         }
         vm.wanted = Wanted::Deleted;
+        vm.request = m.request;
         vm.retry_at = None;
         if force {
             vm.ghost = true;
@@ -126,7 +128,7 @@ impl State {
     }
 
     /// The owner asked for something: failures until now are forgotten and the transition gets its deadline.
-    fn asked_anew(&mut self, now: Timestamp, mut vm: Vm) {
+    fn asked_anew(&mut self, m: Moment, mut vm: Vm) {
         vm.attempts = 0;
         if vm.phase == Some(Phase::Stopped) && vm.wanted == Wanted::Running {
             // A host that has not heard yet that its owner took the stop for granted must know that this is a new wish.
@@ -134,8 +136,9 @@ impl State {
         }
         vm.reason.clear();
         vm.retry_at = None;
-        vm.changed_at = now;
-        self.restart_transition(now, vm);
+        vm.changed_at = m.now;
+        vm.request = m.request;
+        self.restart_transition(m.now, vm);
     }
 
     /// Puts the machine with a deadline for what is still to happen, if anything is.

@@ -15,6 +15,7 @@ fn vm(id: u64, epoch: u64, power: Power) -> VmWish {
     VmWish {
         vm: VmId(id),
         epoch,
+        request: crate::RequestId::default(),
         attempt: 0,
         power,
         stop_grace_millis: 30_000,

@@ -182,6 +182,7 @@ fn assignment(sources: Vec<String>) -> Assignment {
     let vm = VmWish {
         vm: VmId(1),
         epoch: 7,
+        request: model::RequestId::default(),
         attempt: 0,
         power: Power::Running,
         stop_grace_millis: 0,

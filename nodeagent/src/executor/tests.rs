@@ -282,6 +282,7 @@ fn vm(epoch: u64, power: Power) -> VmWish {
     VmWish {
         vm: VmId(1),
         epoch,
+        request: model::RequestId::default(),
         attempt: 0,
         power,
         stop_grace_millis: 300,

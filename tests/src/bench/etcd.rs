@@ -1,8 +1,10 @@
-//! A three-member etcd with its own defaults, on loopback, without TLS: its fastest form.
+//! A three-member etcd with its own defaults, on loopback: without TLS, its fastest form, and with TLS between members
+//! and to clients, as Trefoil always has it.
 
 use std::{path::Path, process::Command, time::Duration};
 
 use anyhow::Context;
+use api::tls;
 use jepsen::cluster::{free_port, process::Process};
 use tonic::transport::{Channel, Endpoint};
 
@@ -18,11 +20,13 @@ const MEMBERS: usize = 3;
 
 pub struct Etcd {
     members: Vec<Member>,
+    /// With TLS: what members are trusted by.
+    ca_pem: Option<String>,
 }
 
 pub struct Member {
     pub process: Process,
-    endpoint: String,
+    address: String,
     arguments: Vec<String>,
 }
 
@@ -35,37 +39,47 @@ impl Etcd {
 
     /// # Errors
     /// When it does not come up within half a minute.
-    pub async fn start(root: &Path) -> anyhow::Result<Self> {
+    pub async fn start(root: &Path, tls: bool) -> anyhow::Result<Self> {
         std::fs::create_dir_all(root)?;
+        let (ca_pem, secrets) = if tls { certificates(root)? } else { (None, Vec::new()) };
         let ports: Vec<(u16, u16)> =
             (0..MEMBERS).map(|_| Ok((free_port()?, free_port()?))).collect::<anyhow::Result<_>>()?;
-        let url = |port: u16| format!("http://127.0.0.1:{port}");
-        let all: Vec<String> = ports.iter().enumerate().map(|(n, (_, peer))| format!("m{n}={}", url(*peer))).collect();
+        let scheme = if tls { "https" } else { "http" };
+        let listen = |port: u16| format!("{scheme}://127.0.0.1:{port}");
+        // A name, because the certificates have no addresses.
+        let reach = |port: u16| format!("{scheme}://localhost:{port}");
+        let all: Vec<String> =
+            ports.iter().enumerate().map(|(n, (_, peer))| format!("m{n}={}", reach(*peer))).collect();
         let mut members = Vec::new();
         for (number, (client, peer)) in ports.iter().enumerate() {
             let data = root.join(format!("m{number}")).display().to_string();
             let arguments = [
                 ("name", format!("m{number}")),
                 ("data-dir", data),
-                ("listen-client-urls", url(*client)),
-                ("advertise-client-urls", url(*client)),
-                ("listen-peer-urls", url(*peer)),
-                ("initial-advertise-peer-urls", url(*peer)),
+                ("listen-client-urls", listen(*client)),
+                ("advertise-client-urls", reach(*client)),
+                ("listen-peer-urls", listen(*peer)),
+                ("initial-advertise-peer-urls", reach(*peer)),
                 ("initial-cluster", all.join(",")),
                 ("log-level", "error".into()),
             ];
-            let arguments: Vec<String> =
+            let mut arguments: Vec<String> =
                 arguments.into_iter().map(|(name, value)| format!("--{name}={value}")).collect();
+            arguments.extend(secrets.clone());
             let process = launch(&arguments, &root.join(format!("m{number}.log")))?;
-            members.push(Member { process, endpoint: url(*client), arguments });
+            members.push(Member { process, address: format!("127.0.0.1:{client}"), arguments });
         }
-        let etcd = Self { members };
+        let etcd = Self { members, ca_pem };
         until("etcd has a leader", Duration::from_secs(30), async || etcd.leader().await.is_some()).await?;
         Ok(etcd)
     }
 
     fn channel(&self, member: usize) -> anyhow::Result<Channel> {
-        let endpoint = Endpoint::from_shared(self.members[member].endpoint.clone())?;
+        let address = &self.members[member].address;
+        if let Some(ca_pem) = &self.ca_pem {
+            return Ok(tls::connect(address, tls::client_tls_ca(ca_pem))?);
+        }
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))?;
         Ok(endpoint.tcp_nodelay(true).connect_timeout(Duration::from_secs(1)).connect_lazy())
     }
 
@@ -119,6 +133,24 @@ impl Etcd {
         let sum: u64 = self.members.iter().filter_map(|member| member.process.resident_bytes()).sum();
         sum / MEMBERS as u64
     }
+}
+
+/// An authority and one certificate for all members, as files; the arguments that name them.
+fn certificates(root: &Path) -> anyhow::Result<(Option<String>, Vec<String>)> {
+    let authority = tls::CertificateAuthority::create("bench")?;
+    let identity = authority.issue("etcd")?;
+    let file = |name: &str, text: &str| {
+        let path = root.join(name);
+        std::fs::write(&path, text)?;
+        anyhow::Ok(path.display().to_string())
+    };
+    let ca = file("ca.pem", &identity.ca_pem)?;
+    let (certificate, key) = (file("cert.pem", &identity.cert_pem)?, file("key.pem", &identity.key_pem)?);
+    let mut arguments = vec![format!("--peer-trusted-ca-file={ca}"), "--peer-client-cert-auth".to_owned()];
+    for side in ["", "peer-"] {
+        arguments.extend([format!("--{side}cert-file={certificate}"), format!("--{side}key-file={key}")]);
+    }
+    Ok((Some(identity.ca_pem), arguments))
 }
 
 fn launch(arguments: &[String], log: &Path) -> anyhow::Result<Process> {

@@ -1,7 +1,7 @@
 //! The results as a table with ratios, for a terminal and for the README.
 
 use super::{
-    CLIENTS, Results,
+    CLIENTS, ETCD, ETCD_TLS, Results, TREFOIL,
     load::{Cell, Operation},
 };
 
@@ -17,17 +17,17 @@ pub fn print(results: &Results) {
     );
     println!();
     println!(
-        "{:<6}{:>8} {:<8}{:>10}{:>8}{:>10}{:>10}{:>10}{:>12}{:>8}",
-        "", "clients", "", "ops/s", "÷ etcd", "p50 ms", "p99 ms", "p99.9 ms", "cpu us/op", "÷ sync"
+        "{:<6}{:>8} {:<9}{:>9}{:>8}{:>8}{:>10}{:>10}{:>10}{:>11}{:>8}",
+        "", "clients", "", "ops/s", "÷ etcd", "÷ +tls", "p50 ms", "p99 ms", "p99.9 ms", "cpu us/op", "÷ sync"
     );
     for operation in [Operation::Write, Operation::Read] {
         for clients in CLIENTS {
             let of = |system: &str| {
                 results.cells.iter().find(|c| c.operation == operation && c.clients == clients && c.system == system)
             };
-            let etcd = of("etcd");
-            for cell in [of("trefoil"), etcd].into_iter().flatten() {
-                print_cell(cell, etcd, results.disk.per_second);
+            let peers = [of(ETCD), of(ETCD_TLS)];
+            for cell in [of(TREFOIL), peers[0], peers[1]].into_iter().flatten() {
+                print_cell(cell, peers, results.disk.per_second);
             }
         }
     }
@@ -51,16 +51,19 @@ pub fn print(results: &Results) {
     }
 }
 
-fn print_cell(cell: &Cell, etcd: Option<&Cell>, syncs: f64) {
+fn print_cell(cell: &Cell, peers: [Option<&Cell>; 2], syncs: f64) {
     let millis = |micros: u64| micros as f64 / 1000.0;
-    let ratio = etcd.map_or_else(|| "-".to_owned(), |etcd| format!("{:.2}", cell.throughput() / etcd.throughput()));
+    let ratio = |peer: Option<&Cell>| {
+        peer.map_or_else(|| "-".to_owned(), |peer| format!("{:.2}", cell.throughput() / peer.throughput()))
+    };
     println!(
-        "{:<6}{:>8} {:<8}{:>10.0}{:>8}{:>10.2}{:>10.2}{:>10.2}{:>12.0}{:>8.2}{}",
+        "{:<6}{:>8} {:<9}{:>9.0}{:>8}{:>8}{:>10.2}{:>10.2}{:>10.2}{:>11.0}{:>8.2}{}",
         cell.operation,
         cell.clients,
         cell.system,
         cell.throughput(),
-        ratio,
+        ratio(peers[0]),
+        ratio(peers[1]),
         millis(cell.p50_micros),
         millis(cell.p99_micros),
         millis(cell.p999_micros),

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use jepsen::interrupt::asked_to_end;
 use tests::bench::{self, Settings, table};
 
 /// Measures a three-controller cloud beside a three-member etcd.
@@ -17,7 +18,7 @@ async fn main() -> ExitCode {
     let Arguments { settings } = Arguments::parse();
     let outcome = tokio::select! {
         outcome = bench::run(&settings) => outcome,
-        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        () = asked_to_end() => Err(anyhow::anyhow!("interrupted")),
     };
     let written = outcome.and_then(|results| {
         table::print(&results);

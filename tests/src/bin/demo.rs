@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use jepsen::interrupt::asked_to_end;
 use tests::demo::{self, cloud::Cloud};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// A cloud from nothing: three controllers, three hosts with real guests, every step verified.
 #[derive(Parser)]
@@ -28,17 +28,11 @@ async fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let (Ok(mut interrupted), Ok(mut terminated)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        eprintln!("demo: cannot listen for signals, so it could not promise to clean up");
-        return ExitCode::FAILURE;
-    };
     let told = cloud.clone();
     let story = tokio::task::spawn_blocking(move || demo::tell(&told, arguments.keep));
     let verified = tokio::select! {
         outcome = story => outcome.unwrap_or(false),
-        _ = interrupted.recv() => demo::interrupted(),
-        _ = terminated.recv() => demo::interrupted(),
+        () = asked_to_end() => demo::interrupted(),
     };
     let clean = (arguments.keep && verified) || demo::clean_up(&cloud);
     // A story that was interrupted may still wait for something; nobody waits for it.

@@ -74,8 +74,11 @@ fn build_image() -> Result<String> {
 
 fn whole_cloud(cloud: &Cloud) -> Result<String> {
     let status = quorum::whole(cloud)?;
-    let nodes = rows(cloud.ask(&["node", "list"])?, "nodes")?;
-    ensure!(nodes.len() == 3 && nodes.iter().all(|n| n["state"] == "up"), "not all hosts are up: {nodes:?}");
+    let nodes = until("every host is up and has told its use", CHANGE, || {
+        let nodes = rows(cloud.ask(&["node", "list"])?, "nodes")?;
+        let told = |node: &Value| node["state"] == "up" && node["memory_used_bytes"].as_u64().unwrap_or(0) > 0;
+        Ok((nodes.len() == 3 && nodes.iter().all(told)).then_some(nodes))
+    })?;
     let kinds: BTreeSet<&str> = nodes.iter().filter_map(|node| node["hypervisor"].as_str()).collect();
     ensure!(!kinds.contains("simulated"), "the hosts are simulated");
     Ok(format!("leader {}, hosts with {}", status.leader_name()?, kinds.into_iter().collect::<Vec<_>>().join(", ")))
