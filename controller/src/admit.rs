@@ -1,7 +1,7 @@
 //! Lets controllers and agents in: a one-time token against an identity.
 //!
-//! The request id of the entry is made from the token, so that a join whose answer was lost can be repeated with the
-//! same key, and a token that was used cannot be used by anybody else.
+//! The request id of the entry is made from the token and the key, so that a join whose answer was lost can be repeated
+//! with the same key; anybody else finds the token used.
 
 use std::sync::Arc;
 
@@ -96,14 +96,11 @@ impl Admission {
             half.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
             half
         };
-        let id = RequestId(u128::from_le_bytes(half(&[b"join", &token.digest().0])));
-        let body = half(&[body.name.as_bytes(), body.address.as_bytes(), &body.csr]);
+        let body = half(&[&token.digest().0, body.name.as_bytes(), body.address.as_bytes(), &body.csr]);
+        let id = RequestId(u128::from_le_bytes(half(&[b"join", &body])));
         let committed = self.core.propose(Actor::System, Some(Named { id, body }), Command::Planner(command)).await?;
         self.core.applied(committed.index).await?;
-        match committed.applied {
-            Err(Rejection::RequestReused) => Err(Rejection::BadToken.into()),
-            other => Ok(other?),
-        }
+        Ok(committed.applied?)
     }
 
     fn sign(&self, csr: &[u8], identity: &str) -> Result<String, ApiError> {

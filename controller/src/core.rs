@@ -69,11 +69,11 @@ impl Core {
                 let seen = state
                     .requests()
                     .get(&request.id)
-                    .map(|seen| (seen.body == request.body, seen.reply.clone(), index));
+                    .map(|seen| (seen.body == request.body, seen.outcome.clone(), index));
                 (seen, command(state))
             });
             match remembered {
-                Some((true, reply, index)) => return Ok((index, reply)),
+                Some((true, outcome, index)) => return Ok((index, outcome?)),
                 Some((false, ..)) => return Err(Rejection::RequestReused.into()),
                 None => {}
             }

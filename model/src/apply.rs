@@ -1,6 +1,7 @@
 //! The only code that changes the state: total, deterministic, without effects.
 //!
-//! Every handler checks first and changes afterwards, so that a rejection changes nothing but the time. One line a
+//! Every handler checks first and changes afterwards, so that a rejection changes nothing but the time and
+//! the memory of requests. One line a
 //! command here; the handlers live by noun below.
 
 use crate::{
@@ -39,23 +40,25 @@ impl State {
     /// Applies the entry at log index `index`.
     ///
     /// # Errors
-    /// The refusal; then nothing but the time has changed.
+    /// The refusal; then nothing but the time and the memory of requests has changed.
     pub fn apply(&mut self, index: u64, entry: &Entry) -> Applied {
         let now = self.advance(entry.at);
         if let Some(request) = entry.request
             && let Some(seen) = self.requests.get(&request.id)
         {
-            return if seen.body == request.body { Ok(seen.reply.clone()) } else { Err(Rejection::RequestReused) };
+            return if seen.body == request.body { seen.outcome.clone() } else { Err(Rejection::RequestReused) };
         }
         let request = entry.request.map(|request| request.id).unwrap_or_default();
-        let reply = self.dispatch(Moment { index, now, actor: &entry.actor, request }, &entry.command)?;
-        if let Some(request) = entry.request {
-            self.remember(request.id, Remembered { body: request.body, at: now, reply: reply.clone() });
+        let outcome = self.dispatch(Moment { index, now, actor: &entry.actor, request }, &entry.command);
+        if let Some(request) = entry.request
+            && is_final(&outcome)
+        {
+            self.remember(request.id, Remembered { body: request.body, at: now, outcome: outcome.clone() });
             let oldest = Timestamp(now.0.saturating_sub(self.setting(setting::REQUEST_MEMORY)));
             let most = usize::try_from(self.setting(setting::REQUEST_COUNT)).unwrap_or(usize::MAX);
             self.forget_requests(oldest, most);
         }
-        Ok(reply)
+        outcome
     }
 
     /// Time as the cloud knows it never goes back, whatever a leader's clock says.
@@ -154,6 +157,15 @@ impl State {
             C::SetNodeSilent { node, incarnation, silent } => self.set_node_silent(m, *node, *incarnation, *silent),
             C::AddReplica { image, node } => self.add_replica(*image, *node),
         }
+    }
+}
+
+/// Whether a later try could come to something else, so that what was answered must be remembered: a refusal that a
+/// client was told must not come true by an earlier try that was stuck. An id that does not exist never will.
+fn is_final(outcome: &Applied) -> bool {
+    match outcome {
+        Err(Rejection::NotFound { noun, .. }) => matches!(noun.as_str(), "tag" | "template" | "user" | "setting"),
+        Err(_) | Ok(_) => true,
     }
 }
 

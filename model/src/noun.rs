@@ -280,12 +280,12 @@ pub struct Vm {
     pub changed_at: Timestamp,
 }
 
-/// The reply that a retry of the same request gets.
+/// What a retry of the same request is answered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remembered {
     pub body: [u8; 16],
     pub at: Timestamp,
-    pub reply: crate::Reply,
+    pub outcome: crate::Applied,
 }
 
 /// What a person reads. Derived, never stored.

@@ -34,9 +34,9 @@ impl Service {
         })?;
         self.core.linearize().await?;
         let remembered =
-            self.core.replica.read(|state| state.requests().get(&id.id).map(|seen| (seen.body, seen.reply.clone())));
+            self.core.replica.read(|state| state.requests().get(&id.id).map(|seen| (seen.body, seen.outcome.clone())));
         match remembered {
-            Some((body, reply)) if body == id.body => return self.image_shown(0, reply).await,
+            Some((body, outcome)) if body == id.body => return self.image_shown(0, outcome?).await,
             Some(_) => return Err(Rejection::RequestReused.into()),
             None => {}
         }

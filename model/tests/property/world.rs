@@ -32,6 +32,13 @@ impl Disk {
 
 /// Every row of the state but the cloud's own time.
 pub fn rows_besides_time(state: &State) -> Vec<String> {
+    let mut rows = rows_besides_memory(state);
+    rows.extend(state.requests().iter().map(|row| format!("{row:?}")));
+    rows
+}
+
+/// Every row of the state but the cloud's own time and what it remembers of requests.
+pub fn rows_besides_memory(state: &State) -> Vec<String> {
     let cluster = Cluster { now: Timestamp(0), ..state.cluster().clone() };
     let mut rows = vec![format!("{cluster:?}")];
     macro_rules! print {
@@ -39,7 +46,7 @@ pub fn rows_besides_time(state: &State) -> Vec<String> {
     }
     print!(
         controllers,
-        join_tokens, nodes, templates, tenants, users, networks, images, vms, tags, prices, meters, lines, requests
+        join_tokens, nodes, templates, tenants, users, networks, images, vms, tags, prices, meters, lines
     );
     rows.extend(setting::SETTINGS.iter().map(|setting| format!("{} {}", setting.name, state.setting(setting.name))));
     rows
