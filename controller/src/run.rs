@@ -4,6 +4,7 @@ use std::{
     future::Future,
     os::unix::fs::PermissionsExt,
     path::PathBuf,
+    pin::Pin,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -49,7 +50,19 @@ const CALLS_PER_CONNECTION: u32 = 2048;
 ///
 /// # Errors
 /// When the data directory is not a controller's, an address cannot be listened on, or the replica cannot open.
-pub async fn run(args: RunArgs, shutdown: impl Future<Output = ()>) -> Result<()> {
+pub async fn run(args: RunArgs, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+    boxed(args, Box::pin(shutdown)).await
+}
+
+/// Without a type parameter the server is compiled, and optimised, in this crate and not in the program's.
+fn boxed(
+    args: RunArgs,
+    shutdown: Pin<Box<dyn Future<Output = ()> + Send>>,
+) -> Pin<Box<dyn Future<Output = Result<()>> + Send>> {
+    Box::pin(serve(args, shutdown))
+}
+
+async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>) -> Result<()> {
     let config = Config::load(&args.data)?;
     let identity = Identity::load(&args.data)?.with_context(|| format!("{} has no identity", args.data.display()))?;
     let authority =
