@@ -29,9 +29,11 @@ pub struct Bill {
     pub total_nano: u128,
 }
 
-/// What a tenant used in `from..to`, cut to that span and to the time the cloud has reached.
-pub fn bill(state: &State, tenant: TenantId, from: Timestamp, to: Timestamp) -> Bill {
-    let to = to.min(state.now());
+/// What a tenant used in `from..to`, cut to that span and to `now`, the reader's time: what goes on is counted up to
+/// it, because the log may have been quiet for long. Times before the last entry count as that entry's.
+pub fn bill(state: &State, tenant: TenantId, from: Timestamp, to: Timestamp, now: Timestamp) -> Bill {
+    let now = now.max(state.now());
+    let to = to.min(now);
     let ended = state.lines().range((tenant, 0)..=(tenant, u64::MAX)).map(|(_, line)| {
         let (name, status) = (line.name.clone(), line.status.clone());
         BillLine {
@@ -53,7 +55,7 @@ pub fn bill(state: &State, tenant: TenantId, from: Timestamp, to: Timestamp) -> 
             status,
             weight_milli: meter.weight_milli,
             from: meter.since,
-            to: state.now(),
+            to: now,
             open: true,
             exact: 0,
         }

@@ -18,7 +18,7 @@ impl Service {
         }
         let look = |state: &State| {
             let tenant = name::tenant(state, &caller, &body.tenant)?;
-            Ok(view::bill(tenant, model::bill::bill(state, tenant.id, from, to)))
+            Ok(view::bill(tenant, model::bill::bill(state, tenant.id, from, to, core::now())))
         };
         let (bill, read_at) = self.core.read(body.stale.into(), look).await?;
         bill.map(|bill| proto::Bill { read_at: Some(read_at), ..bill })

@@ -54,7 +54,7 @@ fn price_over(state: &State, from: Timestamp, to: Timestamp) -> u128 {
 }
 
 pub fn exact(state: &State, tenant: TenantId, from: Timestamp, to: Timestamp) -> u128 {
-    let bill = bill::bill(state, tenant, from, to);
+    let bill = bill::bill(state, tenant, from, to, state.now());
     let sum = bill.lines.iter().map(|line| line.exact).sum();
     assert_eq!(bill.total_nano, (sum + bill::EXACT_PER_NANO / 2) / bill::EXACT_PER_NANO, "rounded once");
     sum

@@ -57,7 +57,7 @@ pub fn news(before: &Picture, after: &Picture) -> Vec<String> {
 }
 
 pub fn bill(state: &State, tenant: TenantId, from: Timestamp) -> String {
-    let bill = bill::bill(state, tenant, from, state.now());
+    let bill = bill::bill(state, tenant, from, state.now(), state.now());
     let mut out = String::new();
     for line in &bill.lines {
         let (after, length) = (line.from.millis_since(from), line.to.millis_since(line.from));
