@@ -11,6 +11,11 @@ use crate::{
     table::{LoadError, RowChange, Table},
 };
 
+mod index;
+
+use index::forget;
+pub use index::{Index, Usage};
+
 /// Equal on every replica at the same log index.
 #[derive(Clone, Debug)]
 pub struct State {
@@ -32,44 +37,6 @@ pub struct State {
     pub(crate) requests: Table<RequestId, Remembered>,
     pub(crate) index: Index,
     hash: u128,
-}
-
-/// Derived from the rows; equal indexes follow from equal rows.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Index {
-    pub(crate) tenant_by_name: BTreeMap<String, TenantId>,
-    pub(crate) user_by_token: BTreeMap<Digest, String>,
-    pub(crate) node_by_name: BTreeMap<String, NodeId>,
-    pub(crate) network_by_name: BTreeMap<(TenantId, String), NetworkId>,
-    pub(crate) image_by_name: BTreeMap<(TenantId, String), ImageId>,
-    pub(crate) images_by_digest: BTreeMap<Digest, BTreeSet<ImageId>>,
-    pub(crate) images_by_node: BTreeMap<NodeId, BTreeSet<ImageId>>,
-    /// Without ghosts: their names are free again.
-    pub(crate) vm_by_name: BTreeMap<(TenantId, String), VmId>,
-    pub(crate) vms_by_tenant: BTreeMap<TenantId, BTreeSet<VmId>>,
-    pub(crate) vms_by_node: BTreeMap<NodeId, BTreeSet<VmId>>,
-    pub(crate) vms_by_image: BTreeMap<ImageId, BTreeSet<VmId>>,
-    pub(crate) addresses: BTreeMap<NetworkId, BTreeMap<u32, VmId>>,
-    /// How many machines of a network are on each node.
-    pub(crate) network_nodes: BTreeMap<NetworkId, BTreeMap<NodeId, u32>>,
-    pub(crate) reserved: BTreeMap<NodeId, Capacity>,
-    pub(crate) usage: BTreeMap<TenantId, Usage>,
-    /// Machines that want a host and may have one now.
-    pub(crate) unplaced: BTreeSet<VmId>,
-    /// When a deadline passes or a back-off ends.
-    pub(crate) due: BTreeSet<(Timestamp, VmId)>,
-    pub(crate) requests_by_age: BTreeSet<(Timestamp, RequestId)>,
-    /// Images with fewer replicas, wanted ones counted, than they should have.
-    pub(crate) thin_images: BTreeSet<ImageId>,
-}
-
-/// What a tenant holds, as its quota counts it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    pub vms: u64,
-    pub size: Capacity,
-    pub networks: u64,
-    pub image_bytes: u64,
 }
 
 macro_rules! tables {
@@ -296,135 +263,6 @@ impl State {
     }
     pub fn kept_index(&self) -> &Index {
         &self.index
-    }
-}
-
-impl Index {
-    fn of(state: &State) -> Self {
-        let mut index = Self::default();
-        state.tenants.values().for_each(|row| index.add_tenant(row));
-        state.users.values().for_each(|row| index.add_user(row));
-        state.nodes.values().for_each(|row| index.add_node(row));
-        state.networks.values().for_each(|row| index.add_network(row));
-        state.images.values().for_each(|row| index.add_image(row));
-        state.vms.values().for_each(|row| index.add_vm(row));
-        state.requests.iter().for_each(|(id, row)| index.add_request(*id, row));
-        index
-    }
-
-    fn add_tenant(&mut self, row: &Tenant) {
-        self.tenant_by_name.insert(row.name.clone(), row.id);
-    }
-    fn add_user(&mut self, row: &User) {
-        self.user_by_token.insert(row.token, row.name.clone());
-    }
-    fn add_node(&mut self, row: &Node) {
-        self.node_by_name.insert(row.name.clone(), row.id);
-    }
-    fn add_request(&mut self, id: RequestId, row: &Remembered) {
-        self.requests_by_age.insert((row.at, id));
-    }
-    fn add_network(&mut self, row: &Network) {
-        self.network_by_name.insert((row.tenant, row.name.clone()), row.id);
-        self.usage.entry(row.tenant).or_default().networks += 1;
-    }
-    fn add_image(&mut self, row: &Image) {
-        self.image_by_name.insert((row.tenant, row.name.clone()), row.id);
-        self.images_by_digest.entry(row.digest).or_default().insert(row.id);
-        for node in row.replicas.keys() {
-            self.images_by_node.entry(*node).or_default().insert(row.id);
-        }
-        if row.replicas.len() < row.wanted_replicas as usize {
-            self.thin_images.insert(row.id);
-        }
-        self.usage.entry(row.tenant).or_default().image_bytes += row.size_bytes;
-    }
-    fn add_vm(&mut self, vm: &Vm) {
-        if !vm.ghost {
-            self.vm_by_name.insert((vm.tenant, vm.name.clone()), vm.id);
-            self.vms_by_tenant.entry(vm.tenant).or_default().insert(vm.id);
-            let usage = self.usage.entry(vm.tenant).or_default();
-            usage.vms += 1;
-            usage.size = usage.size.plus(vm.size);
-        }
-        self.vms_by_image.entry(vm.image).or_default().insert(vm.id);
-        for nic in &vm.nics {
-            self.addresses.entry(nic.network).or_default().insert(nic.ip.into(), vm.id);
-        }
-        if let Some(placement) = vm.placement {
-            self.vms_by_node.entry(placement.node).or_default().insert(vm.id);
-            let reserved = self.reserved.entry(placement.node).or_default();
-            *reserved = reserved.plus(vm.size);
-            for nic in &vm.nics {
-                *self.network_nodes.entry(nic.network).or_default().entry(placement.node).or_default() += 1;
-            }
-        } else if vm.wants_host() {
-            self.unplaced.insert(vm.id);
-        }
-        vm.due_times().for_each(|at| {
-            self.due.insert((at, vm.id));
-        });
-    }
-    fn remove_vm(&mut self, vm: &Vm) {
-        if !vm.ghost {
-            self.vm_by_name.remove(&(vm.tenant, vm.name.clone()));
-            forget(&mut self.vms_by_tenant, vm.tenant, vm.id);
-            let usage = self.usage.entry(vm.tenant).or_default();
-            usage.vms -= 1;
-            usage.size = usage.size.minus(vm.size);
-            self.settle_usage(vm.tenant);
-        }
-        forget(&mut self.vms_by_image, vm.image, vm.id);
-        for nic in &vm.nics {
-            if let Some(addresses) = self.addresses.get_mut(&nic.network) {
-                addresses.remove(&nic.ip.into());
-                if addresses.is_empty() {
-                    self.addresses.remove(&nic.network);
-                }
-            }
-        }
-        if let Some(placement) = vm.placement {
-            self.leave_node(vm, placement.node);
-        }
-        self.unplaced.remove(&vm.id);
-        vm.due_times().for_each(|at| {
-            self.due.remove(&(at, vm.id));
-        });
-    }
-    fn leave_node(&mut self, vm: &Vm, node: NodeId) {
-        forget(&mut self.vms_by_node, node, vm.id);
-        if let Some(reserved) = self.reserved.get_mut(&node) {
-            *reserved = reserved.minus(vm.size);
-            if *reserved == Capacity::default() && !self.vms_by_node.contains_key(&node) {
-                self.reserved.remove(&node);
-            }
-        }
-        for nic in &vm.nics {
-            let Some(nodes) = self.network_nodes.get_mut(&nic.network) else { continue };
-            if let Some(count) = nodes.get_mut(&node) {
-                *count -= 1;
-                if *count == 0 {
-                    nodes.remove(&node);
-                }
-            }
-            if nodes.is_empty() {
-                self.network_nodes.remove(&nic.network);
-            }
-        }
-    }
-    fn settle_usage(&mut self, tenant: TenantId) {
-        if self.usage.get(&tenant) == Some(&Usage::default()) {
-            self.usage.remove(&tenant);
-        }
-    }
-}
-
-fn forget<K: Ord, V: Ord>(sets: &mut BTreeMap<K, BTreeSet<V>>, key: K, value: V) {
-    if let Some(set) = sets.get_mut(&key) {
-        set.remove(&value);
-        if set.is_empty() {
-            sets.remove(&key);
-        }
     }
 }
 
