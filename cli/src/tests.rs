@@ -1,3 +1,5 @@
+//! The command line as a whole: every command parses, explains itself, and ends with the status of its error.
+
 use std::collections::BTreeSet;
 
 use clap::Command as Clap;

@@ -1,3 +1,5 @@
+//! Heartbeats on the wire: what comes out is what went in, and nothing else is believed.
+
 use model::{Phase, VmId, telemetry::Progress};
 use proptest::prelude::*;
 

@@ -1,3 +1,5 @@
+//! Which controller is asked next, when it is given up, and what is said then.
+
 use std::sync::Mutex;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Certificates, identities and connections, tried over real sockets.
+
 use std::os::unix::fs::PermissionsExt;
 
 use tokio::{
