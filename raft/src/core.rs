@@ -12,13 +12,13 @@ use storage::failure::OnFailure;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use crate::{
+    dialect::Raft,
     error::ReadError,
     machine::Machine,
     peer::{CallError, Peers},
     propose::Forward,
     replica::Timing,
     status::Leadership,
-    types::Raft,
     wire::{Answer, Call},
 };
 

@@ -17,6 +17,7 @@ mod proto {
 }
 
 mod core;
+mod dialect;
 mod error;
 mod linear;
 mod log;
@@ -27,7 +28,6 @@ mod propose;
 mod replica;
 mod serve;
 mod status;
-mod types;
 mod watcher;
 mod wire;
 

@@ -12,7 +12,7 @@ use openraft::{
 };
 use storage::{log::Log, record::Record, state::StateStore};
 
-use crate::types::{self, Entry, LogId, TypeConfig, Vote};
+use crate::dialect::{self, Entry, LogId, TypeConfig, Vote};
 
 /// Read and sent to a follower at a time: well under a message's limit, and enough to fill a fast link.
 const MAX_READ_BYTES: usize = 2 << 20;
@@ -57,7 +57,7 @@ impl RaftLogReader<TypeConfig> for LogAdapter {
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
-        Ok(self.log.vote().map_err(io::Error::other)?.map(types::from_stored_vote))
+        Ok(self.log.vote().map_err(io::Error::other)?.map(dialect::from_stored_vote))
     }
 }
 
@@ -65,8 +65,8 @@ impl RaftLogStorage<TypeConfig> for LogAdapter {
     type LogReader = Self;
 
     async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
-        let last_purged_log_id = self.log.purged().map_err(io::Error::other)?.map(types::log_id);
-        let last_log_id = self.log.last().map_err(io::Error::other)?.map(types::log_id);
+        let last_purged_log_id = self.log.purged().map_err(io::Error::other)?.map(dialect::log_id);
+        let last_log_id = self.log.last().map_err(io::Error::other)?.map(dialect::log_id);
         Ok(LogState { last_purged_log_id, last_log_id })
     }
 
@@ -77,16 +77,16 @@ impl RaftLogStorage<TypeConfig> for LogAdapter {
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
         let (done, receiver) = tokio::sync::oneshot::channel();
         let done = Box::new(move |result: Result<(), _>| drop(done.send(result.map_err(io::Error::other))));
-        self.log.save_vote(&types::to_stored_vote(vote), done).map_err(io::Error::other)?;
+        self.log.save_vote(&dialect::to_stored_vote(vote), done).map_err(io::Error::other)?;
         Self::synced(receiver).await
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
-        self.log.save_committed(committed.as_ref().map(types::position)).map_err(io::Error::other)
+        self.log.save_committed(committed.as_ref().map(dialect::position)).map_err(io::Error::other)
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
-        Ok(self.log.committed().map_err(io::Error::other)?.map(types::log_id))
+        Ok(self.log.committed().map_err(io::Error::other)?.map(dialect::log_id))
     }
 
     async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
@@ -94,7 +94,7 @@ impl RaftLogStorage<TypeConfig> for LogAdapter {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let records = entries.into_iter().map(|entry| types::encode(&entry));
+        let records = entries.into_iter().map(|entry| dialect::encode(&entry));
         let done = Box::new(move |result: Result<(), _>| callback.io_completed(result.map_err(io::Error::other)));
         self.log.append(records, done).map_err(io::Error::other)
     }
@@ -104,7 +104,7 @@ impl RaftLogStorage<TypeConfig> for LogAdapter {
     }
 
     async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
-        let (log, tables, upto) = (self.log.clone(), self.tables.clone(), types::position(&upto));
+        let (log, tables, upto) = (self.log.clone(), self.tables.clone(), dialect::position(&upto));
         // A flush may be needed, and it waits for the disk.
         let purge = move || log.purge(upto, tables.flush_to(upto.index)?);
         tokio::task::spawn_blocking(purge).await.map_err(io::Error::other)?.map_err(io::Error::other)
@@ -113,5 +113,5 @@ impl RaftLogStorage<TypeConfig> for LogAdapter {
 
 fn entries(records: Vec<Record>) -> Result<Vec<Entry>, io::Error> {
     let damaged = || io::Error::other("a membership in the log is damaged");
-    records.into_iter().map(|record| types::from_record(record).ok_or_else(damaged)).collect()
+    records.into_iter().map(|record| dialect::from_record(record).ok_or_else(damaged)).collect()
 }

@@ -24,8 +24,8 @@ use storage::{
 use tokio::sync::watch;
 
 use crate::{
+    dialect::{self, Entry, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig},
     status::HashAt,
-    types::{self, Entry, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig},
 };
 
 /// Entries under one hold of the lock: a few milliseconds, so that readers do not wait longer.
@@ -120,7 +120,7 @@ impl Machine {
     /// Applies a chunk: memory under the lock, then disk, then answers.
     fn apply_chunk(&self, chunk: &mut Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
         let Some((last, _)) = chunk.last() else { return Ok(()) };
-        let applied = types::position(&last.log_id);
+        let applied = dialect::position(&last.log_id);
         let mut batch = Batch { applied: Some(applied), ..Batch::default() };
         let mut answers: Vec<(ApplyResponder<TypeConfig>, Outcome)> = Vec::new();
         let mut hashes = Vec::new();
@@ -166,9 +166,9 @@ impl RaftStateMachine<TypeConfig> for Machine {
     type SnapshotData = snapshot::Snapshot;
     type SnapshotBuilder = Self;
 
-    async fn applied_state(&mut self) -> Result<(Option<types::LogId>, StoredMembership), io::Error> {
+    async fn applied_state(&mut self) -> Result<(Option<dialect::LogId>, StoredMembership), io::Error> {
         let view = self.shared.view.read().unwrap_or_else(PoisonError::into_inner);
-        Ok((view.applied.map(types::log_id), view.membership.clone()))
+        Ok((view.applied.map(dialect::log_id), view.membership.clone()))
     }
 
     async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
@@ -225,15 +225,15 @@ impl RaftSnapshotBuilder<TypeConfig> for Machine {
 pub fn with_meta(snapshot: snapshot::Snapshot) -> io::Result<Snapshot> {
     let manifest = snapshot.manifest();
     let damaged = || io::Error::other("the membership in a snapshot is damaged");
-    let last_membership = types::from_stored_membership(manifest.membership.clone()).ok_or_else(damaged)?;
-    let meta = SnapshotMeta { last_log_id: manifest.applied.map(types::log_id), last_membership };
+    let last_membership = dialect::from_stored_membership(manifest.membership.clone()).ok_or_else(damaged)?;
+    let meta = SnapshotMeta { last_log_id: manifest.applied.map(dialect::log_id), last_membership };
     Ok(Snapshot { meta, snapshot })
 }
 
 fn view(loaded: Loaded) -> Result<View, storage::failure::StorageError> {
     let what = "the membership in the state tables".to_owned();
     let membership =
-        types::from_stored_membership(loaded.membership).ok_or(storage::failure::StorageError::Damaged { what })?;
+        dialect::from_stored_membership(loaded.membership).ok_or(storage::failure::StorageError::Damaged { what })?;
     Ok(View { state: loaded.state, applied: loaded.applied, membership })
 }
 
@@ -243,7 +243,7 @@ fn apply_entry(view: &mut View, entry: Entry, batch: &mut Batch) -> io::Result<O
         EntryPayload::Blank => Ok(Outcome(None)),
         EntryPayload::Membership(membership) => {
             view.membership = StoredMembership::new(Some(entry.log_id), membership);
-            batch.membership = Some(types::to_stored_membership(&view.membership));
+            batch.membership = Some(dialect::to_stored_membership(&view.membership));
             Ok(Outcome(None))
         }
         EntryPayload::Normal(encoded) => {

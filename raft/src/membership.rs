@@ -20,9 +20,9 @@ use tokio::time::Instant;
 
 use crate::{
     core::Core,
+    dialect::TypeConfig,
     error::MembershipError,
     peer::CallError,
-    types::TypeConfig,
     wire::{Answer, Call},
 };
 

@@ -28,8 +28,8 @@ use tonic::{
 };
 
 use crate::{
+    dialect::{Snapshot, TypeConfig, Vote},
     proto::{Frame, peer_client::PeerClient},
-    types::{Snapshot, TypeConfig, Vote},
     wire::{self, Answer, Call, MAX_FRAME_BYTES, SnapshotAnswer, SnapshotHead},
 };
 

@@ -23,9 +23,9 @@ use tokio::{
 
 use crate::{
     core::{Core, SharedCore},
+    dialect::{EncodedEntry, LeaderId},
     error::ProposeError,
     peer::CallError,
-    types::{EncodedEntry, LeaderId},
     wire::{self, Answer, Call},
 };
 

@@ -23,6 +23,7 @@ use tokio::{
 
 use crate::{
     core::{Core, SharedCore},
+    dialect::Raft,
     error::{MembershipError, OpenError, ProposeError, ReadError},
     linear::{self, READ_QUEUE},
     log::LogAdapter,
@@ -32,7 +33,6 @@ use crate::{
     propose::{self, Committed, FORWARD_QUEUE, IN_FLIGHT_UNITS, Proposal},
     serve::{self, PeerService},
     status::{Leadership, QuorumStatus},
-    types::Raft,
     watcher,
 };
 

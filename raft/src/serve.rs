@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     core::SharedCore,
+    dialect::TypeConfig,
     error::ReadError,
     linear::READ_DEADLINE,
     machine,
@@ -17,7 +18,6 @@ use crate::{
         Frame,
         peer_server::{Peer, PeerServer},
     },
-    types::TypeConfig,
     wire::{self, Answer, Call, MAX_FRAME_BYTES, SnapshotHead},
 };
 

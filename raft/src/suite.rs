@@ -13,7 +13,7 @@ use storage::{
     state::{Batch, StateStore},
 };
 
-use crate::{log::LogAdapter, machine::Machine, types::TypeConfig};
+use crate::{dialect::TypeConfig, log::LogAdapter, machine::Machine};
 
 struct Builder;
 

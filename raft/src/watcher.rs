@@ -76,7 +76,7 @@ async fn caught_up(core: &Core) -> bool {
     applied.wait_for(|applied| *applied >= index).await.is_ok()
 }
 
-fn seen(core: &Core, metrics: &openraft::metrics::RaftServerMetrics<crate::types::TypeConfig>) -> Leadership {
+fn seen(core: &Core, metrics: &openraft::metrics::RaftServerMetrics<crate::dialect::TypeConfig>) -> Leadership {
     let mut leader = metrics.current_leader;
     if leader == Some(core.id) && metrics.state != ServerState::Leader {
         leader = None;

@@ -6,12 +6,12 @@ use storage::snapshot::Manifest;
 use tonic::Status;
 
 use crate::{
+    dialect::{TypeConfig, Vote},
     error::{MembershipError, ProposeError, ReadError},
     membership::Change,
     propose::{Committed, Proposal},
     proto::Frame,
     status::Report,
-    types::{TypeConfig, Vote},
 };
 
 /// The largest message: a replicated batch is about 2 MiB, a forwarded one is bounded by the proposals in it.

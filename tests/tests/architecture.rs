@@ -115,7 +115,7 @@ fn files_carry_nothing_of_the_machine_they_were_written_on() {
 #[test]
 fn files_and_modules_have_one_layout() {
     none_of("should be foo.rs beside foo/", |path, _| path.ends_with("mod.rs"));
-    let vague = ["util", "utils", "common", "helper", "helpers", "misc"];
+    let vague = ["util", "utils", "common", "helper", "helpers", "types", "misc"];
     let says_nothing =
         |path: &Path| path.file_stem().and_then(|s| s.to_str()).is_some_and(|stem| vague.contains(&stem));
     none_of("have a name that says nothing", |path, _| says_nothing(path));
