@@ -55,7 +55,7 @@ impl Admission {
             ca_pem: self.core.authority.ca_pem.clone().into_bytes().into(),
             ca_key_pem: self.core.authority.key_pem.clone().into_bytes().into(),
             cluster: self.cluster(),
-            controllers: self.core.replica.members().into_values().collect(),
+            controllers: self.core.addresses(),
         })
     }
 
@@ -77,7 +77,7 @@ impl Admission {
             ca_pem: self.core.authority.ca_pem.clone().into_bytes().into(),
             beat_key: beat_key.0.to_vec().into(),
             cluster: self.cluster(),
-            controllers: self.core.replica.members().into_values().collect(),
+            controllers: self.core.addresses(),
         })
     }
 

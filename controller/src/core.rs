@@ -111,6 +111,14 @@ impl Core {
         }
     }
 
+    /// Where the controllers are, by the book: unlike the membership it is there from the first moment after a start.
+    pub fn addresses(&self) -> Vec<String> {
+        let listed = |state: &State| {
+            state.controllers().values().filter(|row| !row.removed).map(|row| row.address.clone()).collect()
+        };
+        self.replica.read(listed)
+    }
+
     /// What was heard; the lock is held for look-ups only, never across a wait.
     pub fn hear<T>(&self, look: impl FnOnce(&mut Telemetry) -> T) -> T {
         look(&mut self.ears.lock().unwrap_or_else(PoisonError::into_inner))

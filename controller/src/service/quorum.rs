@@ -26,7 +26,7 @@ impl Service {
         let mut material = self.core.authority.key_pem.as_bytes().to_vec();
         material.extend_from_slice(&id.0.to_le_bytes());
         let secret = blake3::derive_key("trefoil join token of one request, version 1", &material);
-        let controllers = self.core.replica.members().into_values().collect();
+        let controllers = self.core.addresses();
         let token = JoinToken { role, secret, controllers, ca_pem: self.core.identity.ca_pem.clone() };
         let digest = token.digest();
         let make = |_: &State, caller: &Caller, body: &proto::IssueJoinTokenRequest| {
