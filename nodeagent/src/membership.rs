@@ -13,6 +13,8 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use api::{
@@ -23,6 +25,9 @@ use model::NodeId;
 use serde::{Deserialize, Serialize};
 
 use crate::durable;
+
+/// A child that the last agent had just forked holds its lock until it execs; so long is waited for that.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
 pub enum MembershipError {
@@ -76,10 +81,14 @@ impl DataDir {
         // Others may pass, for guests run as a user of their own; they may not look.
         DirBuilder::new().recursive(true).mode(0o711).create(path).map_err(disk)?;
         let lock = File::options().create(true).truncate(false).write(true).open(path.join("lock")).map_err(disk)?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(MembershipError::InUse(path.to_owned())),
-            Err(TryLockError::Error(source)) => Err(disk(source)),
+        let begun = Instant::now();
+        loop {
+            match lock.try_lock() {
+                Ok(()) => return Ok(Self { path: path.to_owned(), _lock: lock }),
+                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_PATIENCE => sleep(LOCK_PATIENCE / 100),
+                Err(TryLockError::WouldBlock) => return Err(MembershipError::InUse(path.to_owned())),
+                Err(TryLockError::Error(source)) => return Err(disk(source)),
+            }
         }
     }
 

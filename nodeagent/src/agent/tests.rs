@@ -331,9 +331,12 @@ async fn a_restarted_agent_remembers_the_controllers_that_the_quorum_named() {
     until("the controllers are saved", || saved.exists()).await;
     agent.abort();
     let _ = agent.await;
-    until("the directory is free", || DataDir::open(dirs[0].path()).is_ok()).await;
+    let (greeted, told) = (controller.hellos(), controller.phases().len());
     let agent = start_agent(&ca, dirs[0].path(), &[]);
-    until("it is told again by the next agent", || controller.phases() == [Phase::Running, Phase::Running]).await;
+    until("the next agent finds it", || agent.is_finished() || controller.hellos() > greeted).await;
+    assert!(!agent.is_finished(), "{:?}", agent.await);
+    until("it is told again by the next agent", || agent.is_finished() || controller.phases().len() > told).await;
+    assert!(controller.phases().iter().all(|phase| *phase == Phase::Running));
     agent.abort();
 }
 
