@@ -18,6 +18,7 @@ use std::collections::HashMap;
 
 use model::{
     NodeId,
+    lease::Grant,
     telemetry::{NodeStatus, VmStatus},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -86,6 +87,8 @@ pub struct Ack {
     pub boottime_nanos: u64,
     /// Whether the controller that answers was leader.
     pub leader: bool,
+    /// Set by a leader that knows it is one: the host may go on running what must not run twice.
+    pub grant: Option<Grant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -61,7 +61,14 @@ impl Ears {
             Verdict::Fresh => self.believe(&beat),
         }
         let leader = self.core.replica.is_leader();
-        let ack = Ack { node, seq: beat.seq, nonce: self.guard.nonce(), boottime_nanos: beat.boottime_nanos, leader };
+        let ack = Ack {
+            node,
+            seq: beat.seq,
+            nonce: self.guard.nonce(),
+            boottime_nanos: beat.boottime_nanos,
+            leader,
+            grant: None,
+        };
         beat::encode_ack(&ack, &key).ok()
     }
 

@@ -17,6 +17,7 @@ pub mod bill;
 pub mod command;
 pub mod id;
 pub mod invariant;
+pub mod lease;
 pub mod noun;
 pub mod plan;
 pub mod setting;

@@ -35,7 +35,8 @@ fn a_beat_and_its_ack_arrive_as_they_were_sent() {
     assert_eq!(decode(&datagram, &key(1)), Ok(sent));
     assert_eq!(decode(&datagram, &key(2)), Err(BeatError::Forged));
 
-    let ack = Ack { node: NodeId(3), seq: 1, nonce: 7, boottime_nanos: 9, leader: true };
+    let ack =
+        Ack { node: NodeId(3), seq: 1, nonce: 7, boottime_nanos: 9, leader: true, grant: Some(Grant { age_nanos: 5 }) };
     let datagram = encode_ack(&ack, &key(1)).unwrap();
     assert_eq!(decode_ack(&datagram, &key(1)), Ok(ack));
     assert_eq!(decode(&datagram, &key(1)), Err(BeatError::Malformed), "an ack is not a beat");

@@ -95,6 +95,7 @@ impl Controller {
                 nonce: guard.nonce(),
                 boottime_nanos: beat.boottime_nanos,
                 leader: true,
+                grant: None,
             };
             self.0.beats.lock().unwrap().push((verdict, beat));
             socket.send_to(&beat::encode_ack(&ack, &key).unwrap(), from).await.unwrap();
