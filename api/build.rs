@@ -16,6 +16,8 @@ const PRINTED: &[&str] = &[
     "ListTenantsReply",
     "ListUsersReply",
     "ListVmsReply",
+    "Loss",
+    "LostNode",
     "Network",
     "Nic",
     "Node",
@@ -24,6 +26,7 @@ const PRINTED: &[&str] = &[
     "QuorumStatusReply",
     "Quota",
     "ReadAt",
+    "RecoveryStatus",
     "Setting",
     "Tag",
     "Template",
@@ -31,6 +34,7 @@ const PRINTED: &[&str] = &[
     "User",
     "Vm",
     "VmUsage",
+    "Waiting",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

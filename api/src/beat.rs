@@ -32,9 +32,9 @@ const MAX_STEP_BYTES: usize = 48;
 const MAGIC: [u8; 3] = *b"TB1";
 const HEADER_BYTES: usize = 12;
 const MAC_BYTES: usize = 32;
-/// Everything of a beat but its machines, at its longest encoding: five integers of 10 bytes, the option, part and
+/// Everything of a beat but its machines, at its longest encoding: six integers of 10 bytes, the option, part and
 /// parts of 5 bytes, the node status of 45 and the length of the list of 3.
-const FIXED_BODY_BYTES: usize = 50 + 1 + 10 + 45 + 3;
+const FIXED_BODY_BYTES: usize = 60 + 1 + 10 + 45 + 3;
 /// What is left of a datagram for machines.
 const VM_BUDGET_BYTES: usize = MAX_DATAGRAM_BYTES - HEADER_BYTES - MAC_BYTES - FIXED_BODY_BYTES;
 
@@ -62,6 +62,9 @@ pub struct Beat {
     pub boottime_nanos: u64,
     /// As the controller's last ack told it; 0 when none came yet.
     pub nonce: u64,
+    /// For how long this controller has not answered, on the host's clock: a beat that arrives does not say that
+    /// answers do.
+    pub unanswered_millis: u64,
     pub status: Option<StatusPart>,
 }
 

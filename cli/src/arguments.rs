@@ -6,7 +6,9 @@ use api::RequestId;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    commands::{bill, completion, image, network, node, price, quorum, setting, tag, template, tenant, user, vm},
+    commands::{
+        bill, completion, image, network, node, price, quorum, recovery, setting, tag, template, tenant, user, vm,
+    },
     output::Format,
     quantity::duration,
 };
@@ -101,6 +103,9 @@ pub enum Command {
     /// Numbers that an operator may change
     #[command(subcommand)]
     Setting(setting::SettingCommand),
+    /// What is lost, what waits, and the brake
+    #[command(subcommand)]
+    Recovery(recovery::RecoveryCommand),
     /// The controllers as one
     #[command(subcommand)]
     Quorum(quorum::QuorumCommand),

@@ -11,6 +11,7 @@ pub mod network;
 pub mod node;
 pub mod price;
 pub mod quorum;
+pub mod recovery;
 pub mod setting;
 pub mod tag;
 pub mod template;
@@ -43,6 +44,7 @@ pub async fn run(cli: Cli, format: Format) -> Result<(), ApiError> {
         Command::Bill(command) => bill::run(command, &context()?).await,
         Command::Price(command) => price::run(command, &context()?).await,
         Command::Setting(command) => setting::run(command, &context()?).await,
+        Command::Recovery(command) => recovery::run(command, &context()?).await,
         Command::Quorum(command) => quorum::run(command, &context()?).await,
         #[cfg(feature = "controller")]
         Command::Controller(command) => controller::run(command, format).await.map_err(local),

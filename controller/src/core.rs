@@ -11,6 +11,7 @@ use api::{
     tls::{CertificateAuthority, Identity},
 };
 use model::{Actor, Command, Rejection, Reply, Request, State, Telemetry, Timestamp};
+use nix::time::{ClockId, clock_gettime};
 use raft::{Committed, Proposal, ProposeError, ReadError, Replica};
 
 pub(crate) struct Core {
@@ -119,13 +120,22 @@ impl Core {
         self.replica.read(listed)
     }
 
-    /// What was heard; the lock is held for look-ups only, never across a wait.
+    /// What was heard, its clock set to now; the lock is held for look-ups only, never across a wait.
     pub fn hear<T>(&self, look: impl FnOnce(&mut Telemetry) -> T) -> T {
-        look(&mut self.ears.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut ears = self.ears.lock().unwrap_or_else(PoisonError::into_inner);
+        ears.clock = boottime();
+        look(&mut ears)
     }
 }
 
-/// The wall clock, for entries' times and for how long ago something was heard.
+/// Nanoseconds since this machine booted, sleep included: what leases and silence are counted in.
+pub(crate) fn boottime() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("every supported kernel has CLOCK_BOOTTIME");
+    let seconds = u64::try_from(now.tv_sec()).unwrap_or(0);
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec()).unwrap_or(0)
+}
+
+/// The wall clock, for entries' times and for deadlines that people read.
 pub(crate) fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))

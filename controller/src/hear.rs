@@ -6,10 +6,14 @@ use std::{
 };
 
 use api::beat::{self, Ack, Beat, BeatKey, Kind, ReplayGuard, StatusPart, Verdict};
-use model::{NodeId, VmId, telemetry::VmStatus};
+use model::{
+    NodeId, NodeState, VmId,
+    lease::{self, Grant},
+    telemetry::VmStatus,
+};
 use tokio::net::UdpSocket;
 
-use crate::core::{Core, now};
+use crate::core::Core;
 
 /// Listens until the process ends. A datagram that is refused costs a look-up and a hash, and gets no answer.
 pub(crate) async fn listen(core: Arc<Core>, socket: UdpSocket, nonce: u64) {
@@ -55,20 +59,14 @@ impl Ears {
         }
         let key = self.key(node)?;
         let beat = beat::decode(datagram, &key).ok()?;
-        match self.guard.check(&beat) {
-            Verdict::Replayed => return None,
-            Verdict::Unproven => {}
-            Verdict::Fresh => self.believe(&beat),
-        }
         let leader = self.core.replica.is_leader();
-        let ack = Ack {
-            node,
-            seq: beat.seq,
-            nonce: self.guard.nonce(),
-            boottime_nanos: beat.boottime_nanos,
-            leader,
-            grant: None,
+        let grant = match self.guard.check(&beat) {
+            Verdict::Replayed => return None,
+            Verdict::Unproven => None,
+            Verdict::Fresh => self.believe(&beat, leader),
         };
+        let ack =
+            Ack { node, seq: beat.seq, nonce: self.guard.nonce(), boottime_nanos: beat.boottime_nanos, leader, grant };
         beat::encode_ack(&ack, &key).ok()
     }
 
@@ -87,11 +85,25 @@ impl Ears {
         self.keys.get(&node).cloned()
     }
 
-    fn believe(&mut self, beat: &Beat) {
+    /// Takes note of it; as the leader, says how long the host may go on.
+    fn believe(&mut self, beat: &Beat, leader: bool) -> Option<Grant> {
         let vms = beat.status.as_ref().and_then(|part| self.collect(beat.node, part));
+        // Looked up before the lock on what was heard is taken: a host is condemned under that lock first.
+        let standing = leader
+            && self.core.replica.read(|state| {
+                let node = state.nodes().get(&beat.node);
+                node.is_some_and(|node| {
+                    node.incarnation == beat.incarnation && matches!(node.state, NodeState::Up | NodeState::Silent)
+                })
+            });
+        // A host that no answer reaches is as good as silent: it has no lease, and nothing can be asked of it.
+        let hears = beat.unanswered_millis.saturating_mul(1_000_000) < lease::LEASE_NANOS;
         self.core.hear(|ears| {
+            let clock = ears.clock;
             let heard = ears.nodes.entry(beat.node).or_default();
-            heard.last_beat = now();
+            if hears {
+                heard.at = clock;
+            }
             heard.incarnation = beat.incarnation;
             if let Some(part) = &beat.status {
                 heard.status = part.node.clone();
@@ -99,7 +111,8 @@ impl Ears {
             if let Some(vms) = vms {
                 heard.vms = vms;
             }
-        });
+            if hears { ears.grant(beat.node, beat.incarnation, standing) } else { None }
+        })
     }
 
     /// The machines of a sweep once its last part is there. A lost part loses the sweep; the next one comes soon.

@@ -3,17 +3,19 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::future::join_all;
-use model::{Command, plan};
+use model::{Command, PlannerCommand, Telemetry, plan};
 use raft::ProposeError;
 use tokio::time::{sleep, timeout};
 
 use crate::{
-    core::{Core, now},
+    core::{Core, boottime, now},
     keep,
 };
 
 /// Silence and deadlines are noticed without any entry, so the planners also run by the clock.
 const TICK: Duration = Duration::from_millis(500);
+/// A lease is shorter by the age of the last confirmation, which costs a round of heartbeats between controllers.
+const CONFIRM: Duration = Duration::from_millis(200);
 /// A busy log wakes the loop with every batch; one round in this time is enough.
 const BREATH: Duration = Duration::from_millis(10);
 
@@ -26,7 +28,7 @@ pub(crate) async fn lead(core: Arc<Core>) {
             return;
         };
         tracing::info!(term, "this controller leads");
-        core.hear(|ears| ears.leader_since = now());
+        core.hear(Telemetry::lead);
         let term_ended = async {
             // An error means that the replica is gone, which ends the term as well.
             let _ = leadership.wait_for(|leadership| !leadership.leading || leadership.term != term).await;
@@ -34,8 +36,20 @@ pub(crate) async fn lead(core: Arc<Core>) {
         tokio::select! {
             () = term_ended => tracing::info!(term, "this controller no longer leads"),
             () = plan_on(&core, term) => {}
+            () = confirm(&core) => {}
             () = keep::keep(&core) => {}
         }
+    }
+}
+
+/// Asks again and again whether this controller still leads: the answers to heartbeats say how long ago that was so.
+async fn confirm(core: &Core) {
+    loop {
+        let asked = boottime();
+        if core.replica.confirm_leadership().await {
+            core.hear(|ears| ears.confirmed = Some(asked));
+        }
+        sleep(CONFIRM).await;
     }
 }
 
@@ -57,11 +71,25 @@ async fn plan_on(core: &Core, term: u64) {
 
 /// False when the quorum did not take it; the next round plans again from what is true then.
 async fn propose(core: &Core, term: u64, command: Command) -> bool {
+    let lost = match command {
+        Command::Planner(PlannerCommand::DeclareLost { node, incarnation }) => Some((node, incarnation)),
+        _ => None,
+    };
+    if let Some((node, incarnation)) = lost {
+        // Before it is proposed, and under the lock that answers take: from here on the host is granted nothing.
+        if !core.hear(|ears| ears.condemn(node, incarnation)) {
+            return true;
+        }
+        tracing::error!(%node, incarnation, "alert: a node is lost: its lease has ended without a word from it");
+    }
     match core.replica.propose_as_leader(term, command.clone()).await {
         Ok(committed) => {
             match committed.applied {
                 Ok(_) => tracing::info!(index = committed.index, ?command, "planned"),
-                Err(rejection) => tracing::debug!(index = committed.index, ?command, %rejection, "a plan was refused"),
+                Err(rejection) => {
+                    tracing::debug!(index = committed.index, ?command, %rejection, "a plan was refused");
+                    lost.iter().for_each(|(node, _)| core.hear(|ears| ears.spare(*node)));
+                }
             }
             true
         }

@@ -17,6 +17,7 @@ mod node;
 mod operator;
 mod page;
 mod quorum;
+mod recovery;
 mod tag;
 mod vm;
 
@@ -94,6 +95,9 @@ impl Trefoil for Service {
     }
     async fn reboot_vm(&self, request: Request<proto::VmRef>) -> Answer<proto::Vm> {
         answer(self.vm_reboot(request).await)
+    }
+    async fn set_vm_recovery(&self, request: Request<proto::SetVmRecoveryRequest>) -> Answer<proto::Vm> {
+        answer(self.vm_recovery(request).await)
     }
     async fn delete_vm(&self, request: Request<proto::DeleteVmRequest>) -> Answer<proto::Done> {
         self.do_change("DeleteVm", request, vm::delete).await
@@ -196,6 +200,15 @@ impl Trefoil for Service {
     }
     async fn cordon_node(&self, request: Request<proto::CordonNodeRequest>) -> Answer<proto::Node> {
         answer(self.node_cordon(request).await)
+    }
+    async fn maintain_node(&self, request: Request<proto::MaintainNodeRequest>) -> Answer<proto::Node> {
+        answer(self.node_maintain(request).await)
+    }
+    async fn arm_recovery(&self, request: Request<proto::ArmRecoveryRequest>) -> Answer<proto::RecoveryStatus> {
+        answer(self.recovery_arm(request).await)
+    }
+    async fn get_recovery(&self, request: Request<proto::RecoveryRequest>) -> Answer<proto::RecoveryStatus> {
+        answer(self.recovery_get(request).await)
     }
     async fn remove_node(&self, request: Request<proto::RemoveNodeRequest>) -> Answer<proto::Done> {
         self.do_change("RemoveNode", request, node::remove).await

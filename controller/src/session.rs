@@ -16,7 +16,7 @@ use api::{
     proto::{Frame, node_session_server::NodeSession},
     session::{FromAgent, ToAgent, decode, encode},
 };
-use model::{Actor, Command, NodeCommand, NodeId, Rejection, Reply};
+use model::{Actor, Command, NodeCommand, NodeId, NodeState, Rejection, Reply};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -55,11 +55,13 @@ impl NodeSession for Sessions {
         let Some(FromAgent::Hello { version, address, underlay, hypervisor, capacity }) = hello else {
             return Err(ApiError::invalid("the first frame is not a hello, but must be").into());
         };
+        self.core.hear(|ears| ears.greet(node));
         let attach = NodeCommand::Attach { node, address, underlay, hypervisor, capacity };
         let committed = self.core.propose(Actor::Node(node), None, Command::Node(attach)).await?;
         let Reply::Incarnation(incarnation) = committed.applied.map_err(ApiError::from)? else {
             return Err(ApiError::internal("an attach replied with another noun").into());
         };
+        self.core.hear(|ears| ears.greet(node));
         self.core.applied(committed.index).await?;
         tracing::info!(%node, incarnation, version, "session opened");
         let (down, frames) = mpsc::channel(FRAMES_AHEAD);
@@ -162,10 +164,12 @@ impl Session {
             let current = self.core.replica.read(|state| {
                 let node = state.nodes().get(&self.node)?;
                 let newer = sent.is_none_or(|sent| sent < node.generation);
-                Some((node.incarnation, newer.then(|| state.assignment(self.node)).flatten()))
+                let current = if node.state == NodeState::Lost { 0 } else { node.incarnation };
+                Some((current, newer.then(|| state.assignment(self.node)).flatten()))
             });
             match current {
                 None => return "the node was removed from the cloud".into(),
+                Some((0, _)) => return "the node was declared lost".into(),
                 Some((incarnation, _)) if incarnation != self.incarnation => return "a newer session took over".into(),
                 Some((_, Some(assignment))) => {
                     sent = Some(assignment.generation);

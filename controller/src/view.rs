@@ -3,7 +3,7 @@
 use api::proto;
 use model::{
     Capacity, HypervisorKind, Image, ImageFormat, Network, Node, NodeState, Quota, ReplicaState, State, Telemetry,
-    Template, Tenant, Timestamp, Vm, bill::Bill, bill::EXACT_PER_NANO,
+    Template, Tenant, Vm, bill::Bill, bill::EXACT_PER_NANO,
 };
 
 pub(crate) fn vm(state: &State, ears: &Telemetry, vm: &Vm) -> proto::Vm {
@@ -38,6 +38,13 @@ pub(crate) fn vm(state: &State, ears: &Telemetry, vm: &Vm) -> proto::Vm {
         progress: progress.map(|p| proto::Progress { step: p.step.clone(), percent: p.percent.into() }),
         created_at_millis: vm.created_at.0,
         changed_at_millis: vm.changed_at.0,
+        recovery: vm.recovery.to_string(),
+        priority: vm.priority.into(),
+        loss: vm.loss.map(|loss| proto::Loss {
+            node: state.nodes().get(&loss.node).map_or_else(|| loss.node.to_string(), |node| node.name.clone()),
+            at_millis: loss.at.0,
+            data_from_millis: loss.data_from.unwrap_or_default().0,
+        }),
         attempts: vm.attempts.into(),
         retry_at_millis: vm.retry_at.unwrap_or_default().0,
         hypervisor: node.map(|node| hypervisor(node.hypervisor).to_owned()).unwrap_or_default(),
@@ -52,7 +59,7 @@ pub(crate) fn vm(state: &State, ears: &Telemetry, vm: &Vm) -> proto::Vm {
     }
 }
 
-pub(crate) fn node(state: &State, ears: &Telemetry, now: Timestamp, node: &Node) -> proto::Node {
+pub(crate) fn node(state: &State, ears: &Telemetry, node: &Node) -> proto::Node {
     let heard = ears.nodes.get(&node.id).filter(|heard| heard.incarnation == node.incarnation);
     let status = heard.map(|heard| heard.status.clone()).unwrap_or_default();
     let reserved = state.reserved(node.id);
@@ -66,9 +73,11 @@ pub(crate) fn node(state: &State, ears: &Telemetry, now: Timestamp, node: &Node)
             NodeState::Joined => "joined",
             NodeState::Up => "up",
             NodeState::Silent => "silent",
+            NodeState::Lost => "lost",
         }
         .into(),
         cordoned: node.cordoned,
+        maintenance: node.maintenance,
         generation: node.generation,
         incarnation: node.incarnation,
         vcpus: node.capacity.vcpus,
@@ -78,7 +87,7 @@ pub(crate) fn node(state: &State, ears: &Telemetry, now: Timestamp, node: &Node)
         reserved_memory_bytes: reserved.memory_bytes,
         reserved_disk_bytes: reserved.disk_bytes,
         vms: state.vm_count_on_node(node.id) as u64,
-        last_beat_age_millis: heard.map_or(u64::MAX, |heard| now.millis_since(heard.last_beat)),
+        last_beat_age_millis: heard.map_or(u64::MAX, |heard| ears.clock.saturating_sub(heard.at) / 1_000_000),
         cpu_permille: status.cpu_permille,
         memory_used_bytes: status.memory_used_bytes,
         disk_used_bytes: status.disk_used_bytes,

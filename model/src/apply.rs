@@ -17,6 +17,7 @@ mod node;
 mod operator;
 mod placement;
 mod quorum;
+mod recovery;
 mod report;
 mod tag;
 mod vm;
@@ -81,11 +82,13 @@ impl State {
     fn apply_tenant(&mut self, m: Moment, command: &TenantCommand) -> Applied {
         use TenantCommand as C;
         match command {
-            C::CreateVm { tenant, name, image, template, network, ssh_keys, user_data } => {
-                let order = vm::Order { name, image: *image, template, network: *network, ssh_keys, user_data };
+            C::CreateVm { tenant, name, image, template, network, ssh_keys, user_data, recovery, priority } => {
+                let (image, network, after_loss) = (*image, *network, (*recovery, *priority));
+                let order = vm::Order { name, image, template, network, ssh_keys, user_data, after_loss };
                 self.create_vm(m, *tenant, order)
             }
             C::SetVmPower { vm, wanted, stop_grace_millis } => self.set_vm_power(m, *vm, *wanted, *stop_grace_millis),
+            C::SetVmRecovery { vm, recovery, priority } => self.set_vm_recovery(m, *vm, *recovery, *priority),
             C::RebootVm { vm } => self.reboot_vm(m, *vm),
             C::DeleteVm { vm, force } => self.delete_vm(m, *vm, *force),
             C::CreateNetwork { tenant, name, range } => self.create_network(m, *tenant, name, *range),
@@ -120,6 +123,8 @@ impl State {
             C::SetPrice { nano_per_hour, from } => self.set_price(m, *nano_per_hour, *from),
             C::IssueJoinToken { token, role, valid_millis } => self.issue_join_token(m, *token, *role, *valid_millis),
             C::CordonNode { node, cordoned } => self.cordon_node(*node, *cordoned),
+            C::MaintainNode { node, maintenance } => self.maintain_node(*node, *maintenance),
+            C::ArmRecovery { armed } => self.arm_recovery(*armed),
             C::RemoveNode { node, force } => self.forget_node(m, *node, *force),
         }
     }
@@ -155,6 +160,8 @@ impl State {
             C::RetryVm { vm } => self.retry_vm(m, *vm),
             C::ExpireVm { vm } => self.expire_vm(m, *vm),
             C::SetNodeSilent { node, incarnation, silent } => self.set_node_silent(m, *node, *incarnation, *silent),
+            C::DeclareLost { node, incarnation } => self.declare_lost(m, *node, *incarnation),
+            C::RecoverVm { vm, epoch } => self.recover_vm(m, *vm, *epoch),
             C::AddReplica { image, node } => self.add_replica(*image, *node),
         }
     }

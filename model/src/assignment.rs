@@ -9,8 +9,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, ReplicaState, RequestId, State, Vm, VmId,
-    Wanted,
+    Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, Recovery, ReplicaState, RequestId, State,
+    Vm, VmId, Wanted,
 };
 
 /// Everything that a host should have. The agent refuses one whose generation is lower than one it has seen.
@@ -47,6 +47,8 @@ pub struct VmWish {
     /// What failed is left alone until the epoch or this changes.
     pub attempt: u32,
     pub power: Power,
+    /// What the host does with it when its lease ends, and after it went down.
+    pub recovery: Recovery,
     /// How long ACPI shutdown may take before the machine is switched off.
     pub stop_grace_millis: u64,
     /// How often its owner has asked for a reboot, in all.
@@ -118,6 +120,9 @@ impl fmt::Display for VmWish {
             Power::Absent => "absent",
         };
         write!(f, "{} {}/{} {power}, epoch {} attempt {}", self.vm, self.tenant, self.name, self.epoch, self.attempt)?;
+        if self.recovery != Recovery::default() {
+            write!(f, ", {}", self.recovery)?;
+        }
         write!(f, ", reboots {}, grace {} ms, from {}", self.reboots, self.stop_grace_millis, self.image)?;
         self.nics.iter().try_for_each(|nic| write!(f, ", {} {} in {}", nic.mac, nic.ip, nic.network))
     }
@@ -171,6 +176,7 @@ impl State {
                 Wanted::Stopped => Power::Stopped,
                 Wanted::Deleted => Power::Absent,
             },
+            recovery: vm.recovery,
             stop_grace_millis: vm.stop_grace_millis,
             reboots: vm.reboots,
             tenant: self.tenants().get(&vm.tenant).map_or_else(|| vm.tenant.to_string(), |tenant| tenant.name.clone()),

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Capacity, Cidr, ControllerId, Digest, HypervisorKind, ImageFormat, ImageId, JoinRole, NetworkId, NodeId,
-    NodeSummary, Phase, Quota, RequestId, Role, TenantId, Timestamp, VmId, Wanted,
+    NodeSummary, Phase, Quota, Recovery, RequestId, Role, TenantId, Timestamp, VmId, Wanted,
 };
 
 /// One log slot. The proposer stamps the time; the client chose the request id.
@@ -59,6 +59,14 @@ pub enum TenantCommand {
         network: NetworkId,
         ssh_keys: Vec<String>,
         user_data: String,
+        recovery: Recovery,
+        priority: u8,
+    },
+    /// What becomes of it when its host is lost.
+    SetVmRecovery {
+        vm: VmId,
+        recovery: Recovery,
+        priority: u8,
     },
     /// Run it, suspend it or stop it; what it is now does not matter.
     SetVmPower {
@@ -162,6 +170,15 @@ pub enum OperatorCommand {
         node: NodeId,
         cordoned: bool,
     },
+    /// It may be away: what is on it waits for it, and it takes nothing new.
+    MaintainNode {
+        node: NodeId,
+        maintenance: bool,
+    },
+    /// Whether what was on lost hosts is made again elsewhere; arming also lets go a brake that froze.
+    ArmRecovery {
+        armed: bool,
+    },
     /// Forget a host; refused while it has machines, unless `force` says that it is gone for ever.
     RemoveNode {
         node: NodeId,
@@ -230,6 +247,10 @@ pub enum PlannerCommand {
     ExpireVm { vm: VmId },
     /// Heard, or not heard for too long.
     SetNodeSilent { node: NodeId, incarnation: u64, silent: bool },
+    /// Its lease has ended without a word: see `lease`. The proposer has stopped answering it before it proposed this.
+    DeclareLost { node: NodeId, incarnation: u64 },
+    /// Take a machine from a host that is lost.
+    RecoverVm { vm: VmId, epoch: u64 },
     /// Ask a host to keep a copy of an image.
     AddReplica { image: ImageId, node: NodeId },
 }
@@ -253,6 +274,8 @@ impl fmt::Display for PlannerCommand {
             Self::SetNodeSilent { node, incarnation, silent: false } => {
                 write!(f, "{node} incarnation {incarnation} is heard")
             }
+            Self::DeclareLost { node, incarnation } => write!(f, "{node} incarnation {incarnation} is lost"),
+            Self::RecoverVm { vm, epoch } => write!(f, "recover {vm} from epoch {epoch}"),
             Self::AddReplica { image, node } => write!(f, "copy {image} to {node}"),
         }
     }
@@ -314,6 +337,8 @@ pub enum Rejection {
     Forbidden(String),
     #[error("it is about an earlier state: {0}")]
     Stale(String),
+    #[error("nothing is recovered from lost hosts now: {0}")]
+    Halted(String),
     #[error("network '{network}' has no free address")]
     NoAddress { network: String },
 }
@@ -333,6 +358,7 @@ impl Rejection {
             Self::BadToken => "bad-join-token",
             Self::Forbidden(_) => "forbidden",
             Self::Stale(_) => "stale",
+            Self::Halted(_) => "recovery-halted",
             Self::NoAddress { .. } => "no-address",
         }
     }

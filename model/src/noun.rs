@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv4Addr},
+    str::FromStr,
 };
 
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,7 @@ pub struct Cluster {
     pub last_mac: u32,
     pub last_vni: u32,
     pub last_line: u64,
+    pub brake: Brake,
 }
 
 /// A member of the quorum, or one that was.
@@ -75,6 +77,64 @@ pub enum NodeState {
     Up,
     /// Not heard for longer than `node-silence-millis`: takes no new machines, keeps what it has.
     Silent,
+    /// Its lease has ended without a word from it: what is on it may be given away. It comes back by a new session.
+    Lost,
+}
+
+/// What becomes of a machine when its host is lost, and what the host does with it when no leader answers any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Recovery {
+    /// Paused by its host when the lease ends, then made again elsewhere: never two run.
+    Exclusive,
+    /// Goes on while its host is cut off, for a lost quorum must not stop a cloud; made again elsewhere, where its
+    /// addresses then are. The stale copy is switched off and kept aside when the host is back.
+    #[default]
+    Available,
+    /// Stays with its host, which starts it again when it is back.
+    RestartInPlace,
+    /// Stays with its host, and stays off when it went down with it.
+    None,
+}
+
+impl Recovery {
+    /// Whether it is made again on another host.
+    pub fn moves(self) -> bool {
+        matches!(self, Self::Exclusive | Self::Available)
+    }
+}
+
+/// In the words that people type.
+impl fmt::Display for Recovery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Exclusive => "exclusive",
+            Self::Available => "available",
+            Self::RestartInPlace => "restart-in-place",
+            Self::None => "none",
+        })
+    }
+}
+
+impl FromStr for Recovery {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = [Self::Exclusive, Self::Available, Self::RestartInPlace, Self::None];
+        let found = all.into_iter().find(|recovery| recovery.to_string() == text);
+        let allowed = "exclusive, available, restart-in-place or none";
+        found.ok_or_else(|| format!("recovery is '{text}', but must be {allowed}"))
+    }
+}
+
+/// Whether what was on lost hosts is made again elsewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Brake {
+    #[default]
+    Armed,
+    /// An operator said so.
+    Disarmed,
+    /// More hosts were lost at once than is believable: it is more likely that the quorum is cut off from them.
+    Frozen { at: Timestamp, lost: u64 },
 }
 
 /// A host.
@@ -91,6 +151,8 @@ pub struct Node {
     pub state: NodeState,
     /// Takes no new machines because an operator said so.
     pub cordoned: bool,
+    /// An operator works on it: it may be away, and what is on it waits for it.
+    pub maintenance: bool,
     /// Rises with every change of what the host should do; the agent refuses an older assignment.
     pub generation: u64,
     /// Rises with every start of the agent: reports and heartbeats of an earlier one are refused.
@@ -218,6 +280,8 @@ pub enum Phase {
     Stopped,
     /// Neither a domain nor a disk of it is left on the host.
     Absent,
+    /// Nobody knows: its host is lost, and it waits for it.
+    Lost,
     /// The host could not do what was asked; the reason is beside it.
     Failed,
 }
@@ -236,6 +300,16 @@ pub struct Nic {
     pub ip: Ipv4Addr,
 }
 
+/// What the last recovery cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loss {
+    /// The host that was lost.
+    pub node: NodeId,
+    pub at: Timestamp,
+    /// When the backup was taken that it was made from again; `None`: from its first image, so all that it wrote is lost.
+    pub data_from: Option<Timestamp>,
+}
+
 /// A virtual machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
@@ -251,6 +325,10 @@ pub struct Vm {
     pub ssh_keys: Vec<String>,
     pub user_data: String,
     pub wanted: Wanted,
+    pub recovery: Recovery,
+    /// When room is short, a higher one is placed first.
+    pub priority: u8,
+    pub loss: Option<Loss>,
     /// How long ACPI shutdown may take before the machine is switched off; 0 switches it off at once.
     pub stop_grace_millis: u64,
     /// Rises with each requested reboot.
@@ -305,6 +383,8 @@ pub enum Status {
     Deleting,
     /// Given up for now or for good; the reason is beside it, and it can always be deleted.
     Failed,
+    /// Its host is lost, and it waits for it.
+    Lost,
 }
 
 impl fmt::Display for Status {
@@ -322,6 +402,7 @@ impl fmt::Display for Status {
             Self::Rebooting => "rebooting",
             Self::Deleting => "deleting",
             Self::Failed => "failed",
+            Self::Lost => "lost",
         })
     }
 }
@@ -331,6 +412,7 @@ impl Vm {
         match (self.wanted, self.phase) {
             (Wanted::Deleted, _) => Status::Deleting,
             (_, Some(Phase::Failed)) => Status::Failed,
+            (_, Some(Phase::Lost)) => Status::Lost,
             (Wanted::Stopped, _) if self.placement.is_none() => Status::Stopped,
             _ if self.placement.is_none() => Status::Pending,
             (_, None | Some(Phase::Absent)) => Status::Creating,
@@ -360,7 +442,7 @@ impl Vm {
 
     /// True while something should still happen to it without anybody asking again.
     pub fn in_transition(&self) -> bool {
-        !matches!(self.status(), Status::Running | Status::Suspended | Status::Stopped | Status::Failed)
+        !matches!(self.status(), Status::Running | Status::Suspended | Status::Stopped | Status::Failed | Status::Lost)
     }
 }
 

@@ -19,30 +19,48 @@ const NOISE_PERMILLE: u64 = 50;
 
 /// Everything that should be proposed at `now` (the leader's wall clock).
 pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
-    let mut commands = silence(state, telemetry, now);
+    let mut commands = silence(state, telemetry);
+    commands.extend(recover(state));
     commands.extend(due(state, now));
     commands.extend(place(state, telemetry));
     commands.extend(replicate(state, telemetry));
     commands.into_iter().map(Command::Planner).collect()
 }
 
-/// Nodes that fell silent, and those that are heard again.
-fn silence(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<PlannerCommand> {
-    let limit = state.setting(setting::NODE_SILENCE);
+/// Nodes that fell silent, those that are heard again, and those whose lease has ended without a word.
+fn silence(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
+    let limit = state.setting(setting::NODE_SILENCE).saturating_mul(1_000_000);
     let judge = |node: &Node| {
-        let heard = telemetry.nodes.get(&node.id).filter(|heard| heard.incarnation == node.incarnation);
-        let last = heard.map_or(Timestamp::default(), |heard| heard.last_beat);
-        // A new leader and a new session get the whole time before they are judged.
-        let since = last.max(telemetry.leader_since).max(node.changed_at);
-        let silent = match node.state {
-            NodeState::Up => now.millis_since(since) > limit,
-            NodeState::Silent => now.millis_since(last) > limit,
-            NodeState::Joined => return None,
-        };
-        let differs = silent != (node.state == NodeState::Silent);
-        differs.then_some(PlannerCommand::SetNodeSilent { node: node.id, incarnation: node.incarnation, silent })
+        let Node { id, incarnation, state, .. } = *node;
+        if matches!(state, NodeState::Joined | NodeState::Lost) {
+            return None;
+        }
+        let heard = telemetry.nodes.get(&id);
+        let last = heard.map_or(0, |heard| heard.at);
+        // A new leader gives everybody the whole time before it judges.
+        let silent = telemetry.clock.saturating_sub(last.max(telemetry.leader_since)) > limit;
+        // One that is condemned has no lease until it is known what the quorum said.
+        let condemned = heard.is_some_and(|heard| heard.condemned == Some(incarnation));
+        if (silent || condemned) && telemetry.may_give_away(id) {
+            return Some(PlannerCommand::DeclareLost { node: id, incarnation });
+        }
+        let heard = telemetry.clock.saturating_sub(last) <= limit;
+        match state {
+            NodeState::Up if silent => Some(PlannerCommand::SetNodeSilent { node: id, incarnation, silent: true }),
+            NodeState::Silent if heard => Some(PlannerCommand::SetNodeSilent { node: id, incarnation, silent: false }),
+            _ => None,
+        }
     };
     state.nodes().values().filter_map(judge).take(BATCH).collect()
+}
+
+/// What is on lost nodes and may be taken from them.
+fn recover(state: &State) -> Vec<PlannerCommand> {
+    let lost = state.index.lost_nodes.iter().filter_map(|id| state.nodes().get(id));
+    let taken =
+        lost.filter(|node| state.recovery_is_halted(node).is_none()).flat_map(|node| state.vms_on_node(node.id));
+    let take = |vm: &Vm| Some(PlannerCommand::RecoverVm { vm: vm.id, epoch: vm.placement?.epoch });
+    taken.filter(|vm| state.is_recoverable(vm)).filter_map(take).take(BATCH).collect()
 }
 
 /// Deadlines that passed and back-offs that ended.
@@ -70,7 +88,7 @@ fn place(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
     let coming = coming(state);
     let mut promised: Promised = BTreeMap::new();
     let mut commands = Vec::new();
-    for vm in state.index.unplaced.iter().take(BATCH).filter_map(|id| state.vms().get(id)) {
+    for vm in state.index.unplaced.iter().take(BATCH).filter_map(|(_, id)| state.vms().get(id)) {
         match idlest(state, telemetry, &coming, &promised, vm) {
             Ok(node) => {
                 let (extra, machines) = promised.entry(node).or_default();

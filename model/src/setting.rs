@@ -34,6 +34,9 @@ pub const CHANGE_DEADLINE: &str = "change-deadline-millis";
 pub const DELETE_DEADLINE: &str = "delete-deadline-millis";
 pub const VM_ATTEMPTS: &str = "vm-attempts";
 pub const NODE_SILENCE: &str = "node-silence-millis";
+pub const BRAKE_WINDOW: &str = "brake-window-millis";
+pub const BRAKE_SHARE: &str = "brake-share-permille";
+pub const BRAKE_COUNT: &str = "brake-count";
 pub const REQUEST_MEMORY: &str = "request-memory-millis";
 pub const REQUEST_COUNT: &str = "request-memory-count";
 
@@ -67,7 +70,16 @@ pub const SETTINGS: &[Setting] = &[
         "how long a machine may be deleting before it is gone for its owner",
     ),
     setting(VM_ATTEMPTS, 5, 1, 100, "how often a failed step of a machine is tried before it stays failed"),
-    setting(NODE_SILENCE, 3000, 500, DAY, "how long a node may be unheard before it gets no new machines"),
+    setting(NODE_SILENCE, 2000, 500, DAY, "how long a node may be unheard before it gets no new machines"),
+    setting(
+        BRAKE_WINDOW,
+        10 * MINUTE,
+        1000,
+        DAY,
+        "nodes lost within this time count together when recovery decides to freeze",
+    ),
+    setting(BRAKE_SHARE, 200, 0, 1000, "recovery freezes when more nodes than this, in thousandths of all, are lost"),
+    setting(BRAKE_COUNT, 3, 1, 10_000, "recovery does not freeze while fewer nodes than this are lost"),
     setting(REQUEST_MEMORY, 60 * MINUTE, MINUTE, DAY, "how long the reply to a request is kept for a retry"),
     setting(REQUEST_COUNT, 200_000, 1000, 10_000_000, "how many replies are kept for retries; the oldest go first"),
 ];

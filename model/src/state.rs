@@ -184,6 +184,15 @@ impl State {
     pub fn vm_count_on_node(&self, node: NodeId) -> usize {
         self.index.vms_by_node.get(&node).map_or(0, BTreeSet::len)
     }
+    /// Machines that nothing is done for just now: without a host, in a pause before another try, or on a lost host. In
+    /// the order in which they are served.
+    pub fn waiting(&self) -> impl Iterator<Item = &Vm> {
+        let unplaced = self.index.unplaced.iter().map(|(_, id)| *id);
+        let paused = self.index.due.iter().map(|(_, id)| *id);
+        let paused = paused.filter(|id| self.vms.get(id).is_some_and(|vm| vm.retry_at.is_some()));
+        let lost = self.index.lost_nodes.iter().flat_map(|node| self.index.vms_by_node.get(node)).flatten().copied();
+        unplaced.chain(paused).chain(lost).filter_map(|id| self.vms.get(&id)).filter(|vm| !vm.ghost)
+    }
     pub fn vms_of_image(&self, image: ImageId) -> usize {
         self.index.vms_by_image.get(&image).map_or(0, BTreeSet::len)
     }
@@ -211,8 +220,8 @@ impl State {
 }
 
 /// What of a machine its host has to know.
-fn wished(vm: &Vm) -> (Option<crate::Placement>, crate::Wanted, u64, u32, u32, RequestId) {
-    (vm.placement, vm.wanted, vm.stop_grace_millis, vm.reboots, vm.tries, vm.request)
+fn wished(vm: &Vm) -> (Option<crate::Placement>, crate::Wanted, crate::Recovery, u64, u32, u32, RequestId) {
+    (vm.placement, vm.wanted, vm.recovery, vm.stop_grace_millis, vm.reboots, vm.tries, vm.request)
 }
 
 /// Persistence: changed rows out, all rows in.
@@ -297,6 +306,7 @@ impl State {
     pub(crate) fn remove_node(&mut self, id: NodeId) {
         if let Some(row) = self.nodes.remove(&id, &mut self.hash) {
             self.index.node_by_name.remove(&row.name);
+            self.index.lost_nodes.remove(&id);
         }
     }
     pub(crate) fn put_network(&mut self, row: Network) {

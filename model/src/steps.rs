@@ -28,7 +28,7 @@ use std::{
 };
 
 use crate::{
-    Assignment, Digest, Phase, Power, VmId, VmWish,
+    Assignment, Digest, Phase, Power, Recovery, VmId, VmWish,
     command::{ImageReport, VmReport},
 };
 
@@ -370,6 +370,9 @@ fn keep_on(wish: &VmWish, power: FoundPower, found: &Observed, memory: Memory) -
             Next::Rest { phase: Phase::Stopped, reason: "the guest switched itself off", retry: false }
         }
         (FoundPower::OffByGuest | FoundPower::OffByAgent, _) => start(wish, found, memory, false),
+        (FoundPower::Crashed, _) if wish.recovery == Recovery::None && !found.asked_again(wish) => {
+            Next::Rest { phase: Phase::Stopped, reason: "it went down, and is not to be started again", retry: false }
+        }
         (FoundPower::Crashed, _) => start(wish, found, memory, true),
         (FoundPower::Running, Power::Suspended) => Next::Do(Step::Suspend(wish.vm)),
         (FoundPower::Suspended, Power::Suspended) => rest(Phase::Suspended),

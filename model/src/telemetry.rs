@@ -4,19 +4,82 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{NodeId, Timestamp, VmId};
+use crate::{
+    NodeId, VmId,
+    lease::{self, Grant},
+};
 
-/// By node. Times are the leader's own, in the same clock as the `now` that `plan` is given.
+/// By node. Times are nanoseconds of this controller's CLOCK_BOOTTIME, which nobody steps.
 #[derive(Clone, Debug, Default)]
 pub struct Telemetry {
     pub nodes: BTreeMap<NodeId, Heard>,
+    /// What the clock says now.
+    pub clock: u64,
     /// Since when this controller has been leader: silence is counted from here at the earliest.
-    pub leader_since: Timestamp,
+    pub leader_since: u64,
+    /// When it last began to ask a majority whether it still leads, was told that it does, and has since applied all
+    /// that was in the log then. `None` when it does not lead.
+    pub confirmed: Option<u64>,
+}
+
+impl Telemetry {
+    /// Whether the leader has no lease of the host to fear any more.
+    pub fn may_give_away(&self, node: NodeId) -> bool {
+        let answered = self.nodes.get(&node).and_then(|heard| heard.answered);
+        self.clock >= lease::may_be_given_away_at(answered, self.leader_since)
+    }
+
+    /// From here on the host's beats grant it nothing: it is about to be declared lost. False when it has just been
+    /// answered, so that it must not be.
+    pub fn condemn(&mut self, node: NodeId, incarnation: u64) -> bool {
+        let may = self.may_give_away(node);
+        if may {
+            self.nodes.entry(node).or_default().condemned = Some(incarnation);
+        }
+        may
+    }
+
+    /// The quorum refused to declare it lost, so it may have leases again.
+    pub fn spare(&mut self, node: NodeId) {
+        if let Some(heard) = self.nodes.get_mut(&node) {
+            heard.condemned = None;
+        }
+    }
+
+    /// A beat of `node` was believed and is being answered by this leader. `standing`: by the state as this leader
+    /// last confirmed it, the host is a member at this incarnation that is not lost.
+    pub fn grant(&mut self, node: NodeId, incarnation: u64, standing: bool) -> Option<Grant> {
+        let (clock, confirmed) = (self.clock, self.confirmed?);
+        let heard = self.nodes.entry(node).or_default();
+        if !standing || heard.condemned == Some(incarnation) {
+            return None;
+        }
+        let grant = Grant::given(clock, confirmed)?;
+        heard.answered = Some(clock);
+        Some(grant)
+    }
+
+    /// A session of the node opens here: its silence is counted from now.
+    pub fn greet(&mut self, node: NodeId) {
+        let heard = self.nodes.entry(node).or_default();
+        (heard.at, heard.answered) = (self.clock, Some(self.clock));
+    }
+
+    /// A term as leader begins.
+    pub fn lead(&mut self) {
+        (self.leader_since, self.confirmed) = (self.clock, None);
+        self.nodes.values_mut().for_each(|heard| (heard.answered, heard.condemned) = (None, None));
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Heard {
-    pub last_beat: Timestamp,
+    /// When a beat or a new session was last heard.
+    pub at: u64,
+    /// When this leader last granted it a lease.
+    pub answered: Option<u64>,
+    /// The incarnation that is about to be declared lost.
+    pub condemned: Option<u64>,
     pub incarnation: u64,
     pub status: NodeStatus,
     pub vms: BTreeMap<VmId, VmStatus>,

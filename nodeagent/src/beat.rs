@@ -43,6 +43,8 @@ struct Target {
     nonce: u64,
     /// The highest beat that it answered: an older answer is late or replayed.
     answered: u64,
+    /// When the last such answer came, or when it was first beaten to.
+    answered_at: u64,
 }
 
 struct Sockets {
@@ -110,6 +112,7 @@ impl Beats {
                 seq,
                 boottime_nanos: clock::boottime_nanos(),
                 nonce: target.nonce,
+                unanswered_millis: clock::boottime_millis().saturating_sub(target.answered_at),
                 status: status.clone(),
             };
             let sent = match encode(&beat, &self.key) {
@@ -128,7 +131,7 @@ impl Beats {
         let Some(target) = targets.iter_mut().find(|target| same_host(target.address, from)) else { return false };
         let answers = ack.node == self.node && (target.answered + 1..=last_seq).contains(&ack.seq);
         if answers {
-            (target.nonce, target.answered) = (ack.nonce, ack.seq);
+            (target.nonce, target.answered, target.answered_at) = (ack.nonce, ack.seq, clock::boottime_millis());
         }
         answers
     }
@@ -206,8 +209,10 @@ async fn resolve(names: &[String], known: Vec<Target>) -> Vec<Target> {
         };
         if targets.iter().all(|target| target.address != address) {
             let old = known.iter().find(|target| target.address == address);
-            let (nonce, answered) = old.map_or((0, 0), |old| (old.nonce, old.answered));
-            targets.push(Target { address, nonce, answered });
+            let fresh = || (0, 0, clock::boottime_millis());
+            let (nonce, answered, answered_at) =
+                old.map_or_else(fresh, |old| (old.nonce, old.answered, old.answered_at));
+            targets.push(Target { address, nonce, answered, answered_at });
         }
     }
     targets

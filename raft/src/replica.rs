@@ -224,6 +224,16 @@ impl Replica {
         self.core.linearize().await
     }
 
+    /// Asks a majority whether this replica still leads. When it does and has applied all that was in the log before
+    /// the question: true. Another leader, no majority, or no answer in time: false.
+    pub async fn confirm_leadership(&self) -> bool {
+        let Some(index) = self.core.confirm().await else { return false };
+        let mut applied = self.core.machine.watch_applied();
+        let caught_up =
+            tokio::time::timeout(crate::linear::READ_DEADLINE, applied.wait_for(|applied| *applied >= index));
+        matches!(caught_up.await, Ok(Ok(_)))
+    }
+
     /// Looks at this replica's state, which may be old: see [`Self::linearize`] and [`Self::stale_age`]. Applying
     /// waits meanwhile, so `f` should be short.
     pub fn read<T>(&self, f: impl FnOnce(&State) -> T) -> T {

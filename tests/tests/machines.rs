@@ -2,7 +2,9 @@
 
 use api::{
     client::new_request_id,
-    proto::{Bill, CreateTenantRequest, DeleteVmRequest, GetBillRequest, ListRequest, Quota, Template},
+    proto::{
+        Bill, CreateTenantRequest, CreateVmRequest, DeleteVmRequest, GetBillRequest, ListRequest, Quota, Template,
+    },
 };
 use tests::stage::{Stage, Stub, TENANT, until};
 
@@ -112,7 +114,10 @@ async fn the_leader_dies_during_a_creation_and_it_is_created_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_dies_finds_its_guests_again() {
     let mut stage = Stage::furnished(1).await;
-    stage.create_vm("web", "tiny").await.unwrap();
+    // It waits for its host, however long a busy machine takes to start the agent again.
+    let body = CreateVmRequest { recovery: "restart-in-place".into(), ..Stage::machine("web", "tiny") };
+    let call = |mut stub: Stub, request| async move { stub.create_vm(request).await };
+    stage.client.mutate(new_request_id(), body, call).await.unwrap();
     let before = stage.vm_is("web", "running").await;
     assert!(stage.cluster.kill_agent(0).unwrap());
     stage.cluster.restart_agent(0).unwrap();
@@ -120,6 +125,37 @@ async fn an_agent_that_dies_finds_its_guests_again() {
     stage.set_power("web", "suspended").await.unwrap();
     let after = stage.vm_is("web", "suspended").await;
     assert_eq!((after.epoch, after.attempts), (before.epoch, 0), "it was adopted, not made again");
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_of_a_lost_host_are_made_again_elsewhere_and_not_taken_back() {
+    let mut stage = Stage::furnished(2).await;
+    stage.create_vm("web", "tiny").await.unwrap();
+    let before = stage.vm_is("web", "running").await;
+    let host = (0..2).find(|host| format!("host-{}", host + 1) == before.node).expect("the host has a name");
+    assert!(stage.cluster.kill_agent(host).unwrap());
+    let elsewhere = async || match stage.vm("web").await {
+        Ok(vm) if vm.status == "running" && vm.node != before.node => Ok(()),
+        Ok(vm) => Err(format!("{} on {}: {}", vm.status, vm.node, vm.reason)),
+        Err(error) => Err(error.to_string()),
+    };
+    until("it runs on the other host", elsewhere).await;
+    let after = stage.vm("web").await.unwrap();
+    assert!(after.epoch > before.epoch && after.nics == before.nics, "a new placement under the same address");
+    assert_eq!(after.loss.expect("the loss is told").node, before.node);
+    let status = stage.trefoil_ok(&["recovery", "status"]);
+    assert_eq!((&status["brake"], &status["lost"][0]["name"]), (&"armed".into(), &before.node.as_str().into()));
+
+    stage.cluster.restart_agent(host).unwrap();
+    until("nothing is lost any more", async || {
+        let status = stage.trefoil_ok(&["recovery", "status"]);
+        if status["lost"] == serde_json::json!([]) { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    stage.settled().await;
+    let still = stage.vm_is("web", "running").await;
+    assert_eq!((still.epoch, still.node), (after.epoch, after.node), "it is not taken back");
     stage.strike().await;
 }
 

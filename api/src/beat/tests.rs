@@ -10,7 +10,7 @@ fn key(n: u8) -> BeatKey {
 }
 
 fn beat(seq: u64, nonce: u64) -> Beat {
-    Beat { node: NodeId(3), incarnation: 2, seq, boottime_nanos: 9, nonce, status: None }
+    Beat { node: NodeId(3), incarnation: 2, seq, boottime_nanos: 9, nonce, unanswered_millis: 0, status: None }
 }
 
 fn vm(id: u64, step: &str) -> VmStatus {
@@ -70,6 +70,7 @@ fn a_host_full_of_the_largest_machines_is_split_into_datagrams_that_fit() {
             seq: full,
             boottime_nanos: full,
             nonce: full,
+            unanswered_millis: full,
             status: Some(part.clone()),
         };
         assert!(encode(&largest, &key(1)).unwrap().len() <= MAX_DATAGRAM_BYTES);

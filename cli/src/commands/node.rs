@@ -2,7 +2,7 @@
 
 use api::{
     error::ApiError,
-    proto::{CordonNodeRequest, ListNodesReply, Node, RemoveNodeRequest},
+    proto::{CordonNodeRequest, ListNodesReply, MaintainNodeRequest, Node, RemoveNodeRequest},
 };
 use clap::Subcommand;
 use serde_json::json;
@@ -37,6 +37,15 @@ pub enum NodeCommand {
         /// Name or id
         node: String,
     },
+    /// Says that a node may be away: its machines wait for it, and it gets no new ones
+    #[command(after_help = "Example:\n  trefoil node maintenance node-2\n  trefoil node maintenance node-2 --over")]
+    Maintenance {
+        /// Name or id
+        node: String,
+        /// It is over
+        #[arg(long)]
+        over: bool,
+    },
     /// Forgets a node; refused while it has machines
     #[command(after_help = "Example:\n  trefoil node remove node-2")]
     Remove {
@@ -57,6 +66,10 @@ pub async fn run(command: NodeCommand, context: &Context) -> Result<(), ApiError
         }
         NodeCommand::Cordon { node } => cordon(node, true, context).await,
         NodeCommand::Uncordon { node } => cordon(node, false, context).await,
+        NodeCommand::Maintenance { node, over } => {
+            let node = change!(context, maintain_node, MaintainNodeRequest { name: node, maintenance: !over })?;
+            context.print(&node, || format!("{} '{}' {}", node.id, node.name, state(&node)))
+        }
         NodeCommand::Remove { node, force } => {
             change!(context, remove_node, RemoveNodeRequest { name: node.clone(), force })?;
             context.print(&json!({ "removed": node }), || format!("removed {node}"))
@@ -131,7 +144,9 @@ fn describe(node: &Node) -> String {
 }
 
 fn state(node: &Node) -> String {
-    if node.cordoned { format!("{}, cordoned", node.state) } else { node.state.clone() }
+    let cordoned = if node.cordoned { ", cordoned" } else { "" };
+    let maintenance = if node.maintenance { ", in maintenance" } else { "" };
+    format!("{}{cordoned}{maintenance}", node.state)
 }
 
 fn heard(node: &Node) -> String {

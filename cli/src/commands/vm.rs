@@ -11,7 +11,7 @@ use api::{
     error::ApiError,
     proto::{
         ConsoleLogRequest, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsReply, ListVmsRequest,
-        SetVmPowerRequest, Vm, VmRef,
+        SetVmPowerRequest, SetVmRecoveryRequest, Vm, VmRef,
     },
 };
 use clap::{Args, Subcommand};
@@ -77,6 +77,17 @@ pub enum VmCommand {
     /// Boots a machine again
     #[command(after_help = "Example:\n  trefoil vm reboot web")]
     Reboot(Change),
+    /// Says what becomes of a machine when its node is lost
+    #[command(after_help = "Example:\n  trefoil vm recovery web exclusive --priority 10")]
+    Recovery {
+        #[command(flatten)]
+        target: Target,
+        /// exclusive, available, restart-in-place or none
+        recovery: String,
+        /// 0 to 255; when room is short, a higher one is placed first
+        #[arg(long, default_value_t = 0)]
+        priority: u8,
+    },
     /// Prints the last of what a machine wrote to its serial console
     #[command(after_help = "Example:\n  trefoil vm console web --bytes 4096")]
     Console {
@@ -121,6 +132,13 @@ pub struct CreateArgs {
     /// File with cloud-init user data
     #[arg(long, value_name = "FILE")]
     user_data: Option<PathBuf>,
+    /// When its node is lost: exclusive (paused first, then made again elsewhere), available (made again elsewhere at
+    /// once), restart-in-place (waits for the node) or none
+    #[arg(long, default_value = "available")]
+    recovery: String,
+    /// 0 to 255; when room is short, a higher one is placed first
+    #[arg(long, default_value_t = 0)]
+    priority: u8,
     #[command(flatten)]
     wait: WaitArgs,
 }
@@ -135,6 +153,12 @@ pub async fn run(command: VmCommand, context: &Context) -> Result<(), ApiError> 
         VmCommand::Resume(change) | VmCommand::Start(change) => power(change, "running", Duration::ZERO, context).await,
         VmCommand::Stop { change, grace } => power(change, "stopped", grace, context).await,
         VmCommand::Reboot(change) => reboot(change, context).await,
+        VmCommand::Recovery { target, recovery, priority } => {
+            let (tenant, vm) = (context.tenant.clone(), target.vm);
+            let body = SetVmRecoveryRequest { tenant, vm, recovery, priority: priority.into() };
+            let vm = change!(context, set_vm_recovery, body)?;
+            context.print(&vm, || describe(&vm))
+        }
         VmCommand::Console { target, bytes } => console(target.vm, bytes, context).await,
     }
 }
@@ -152,6 +176,8 @@ async fn create(args: CreateArgs, context: &Context) -> Result<(), ApiError> {
         network: args.network,
         ssh_keys: args.ssh_keys.iter().map(|key| ssh_key(key)).collect::<Result<_, _>>()?,
         user_data,
+        recovery: args.recovery,
+        priority: args.priority.into(),
     };
     let vm = change!(context, create_vm, body)?;
     follow(vm, Goal::Status("running"), &args.wait, context).await
@@ -275,6 +301,14 @@ fn describe(vm: &Vm) -> String {
             size_text(usage.tx_bytes)
         )
     });
+    let recovery = (!vm.recovery.is_empty()).then(|| format!("{}, priority {}", vm.recovery, vm.priority));
+    let loss = vm.loss.as_ref().map(|loss| {
+        let data = match loss.data_from_millis {
+            0 => "made again from its image, what it wrote is lost".into(),
+            from => format!("made again from the backup of {}, what it wrote since is lost", moment_text(from)),
+        };
+        format!("{}: {} was lost; {data}", moment_text(loss.at_millis), loss.node)
+    });
     let retry = (vm.retry_at_millis > 0).then(|| moment_text(vm.retry_at_millis));
     details(
         &[
@@ -289,6 +323,8 @@ fn describe(vm: &Vm) -> String {
             ("hypervisor", vm.hypervisor.clone()),
             ("image", vm.image.clone()),
             ("template", vm.template.clone()),
+            ("recovery", recovery.unwrap_or_default()),
+            ("last recovery", loss.unwrap_or_default()),
             ("vcpus", vm.vcpus.to_string()),
             ("memory", size_text(vm.memory_bytes)),
             ("disk", size_text(vm.disk_bytes)),

@@ -7,7 +7,7 @@ use model::{Command, NodeId, OperatorCommand, State};
 use tonic::Request;
 
 use super::{Service, page};
-use crate::{access, access::Caller, core, name, view};
+use crate::{access, access::Caller, name, view};
 
 impl Service {
     pub(super) async fn node_list(
@@ -21,10 +21,8 @@ impl Service {
         let look = |state: &State| {
             let rows = state.nodes().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, node)| node);
             let (rows, next) = page::cut(rows, limit, |node| node.id.to_string());
-            let now = core::now();
-            self.core.hear(|ears| {
-                (rows.into_iter().map(|node| view::node(state, ears, now, node)).collect::<Vec<_>>(), next)
-            })
+            self.core
+                .hear(|ears| (rows.into_iter().map(|node| view::node(state, ears, node)).collect::<Vec<_>>(), next))
         };
         let stale = body.consistency.unwrap_or_default().stale;
         let ((nodes, next), read_at) = self.core.read(stale.into(), look).await?;
@@ -52,9 +50,23 @@ impl Service {
         self.core.replica.read(|state| self.node_shown(state, &request.get_ref().name))
     }
 
+    pub(super) async fn node_maintain(
+        &self,
+        request: Request<proto::MaintainNodeRequest>,
+    ) -> Result<proto::Node, ApiError> {
+        let make = |state: &State, caller: &Caller, body: &proto::MaintainNodeRequest| {
+            caller.must_be_operator()?;
+            let node = name::node(state, &body.name)?.id;
+            Ok(Command::Operator(OperatorCommand::MaintainNode { node, maintenance: body.maintenance }))
+        };
+        let (_, index, _) = self.change("MaintainNode", &request, make).await?;
+        self.core.applied(index).await?;
+        self.core.replica.read(|state| self.node_shown(state, &request.get_ref().name))
+    }
+
     fn node_shown(&self, state: &State, name: &str) -> Result<proto::Node, ApiError> {
         let node = name::node(state, name)?;
-        Ok(self.core.hear(|ears| view::node(state, ears, core::now(), node)))
+        Ok(self.core.hear(|ears| view::node(state, ears, node)))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Bound;
 
 use api::{error::ApiError, proto};
-use model::{Command, Reply, Role, State, TenantCommand, Vm, VmId, Wanted};
+use model::{Command, Recovery, Reply, Role, State, TenantCommand, Vm, VmId, Wanted};
 use tonic::Request;
 
 use super::{Service, page};
@@ -20,6 +20,14 @@ impl Service {
 
     pub(super) async fn vm_power(&self, request: Request<proto::SetVmPowerRequest>) -> Result<proto::Vm, ApiError> {
         let (_, index, reply) = self.change("SetVmPower", &request, power).await?;
+        self.vm_shown(index, reply).await
+    }
+
+    pub(super) async fn vm_recovery(
+        &self,
+        request: Request<proto::SetVmRecoveryRequest>,
+    ) -> Result<proto::Vm, ApiError> {
+        let (_, index, reply) = self.change("SetVmRecovery", &request, set_recovery).await?;
         self.vm_shown(index, reply).await
     }
 
@@ -109,7 +117,25 @@ fn create(state: &State, caller: &Caller, body: &proto::CreateVmRequest) -> Resu
         network: name::network(state, caller, &body.tenant, &body.network)?.id,
         ssh_keys: body.ssh_keys.clone(),
         user_data: body.user_data.clone(),
+        recovery: recovery(&body.recovery)?,
+        priority: priority(body.priority)?,
     }))
+}
+
+fn set_recovery(state: &State, caller: &Caller, body: &proto::SetVmRecoveryRequest) -> Result<Command, ApiError> {
+    Ok(Command::Tenant(TenantCommand::SetVmRecovery {
+        vm: name::vm(state, caller, &body.tenant, &body.vm)?.id,
+        recovery: recovery(&body.recovery)?,
+        priority: priority(body.priority)?,
+    }))
+}
+
+fn recovery(text: &str) -> Result<Recovery, ApiError> {
+    if text.is_empty() { Ok(Recovery::default()) } else { text.parse().map_err(ApiError::invalid) }
+}
+
+fn priority(number: u32) -> Result<u8, ApiError> {
+    u8::try_from(number).map_err(|_| ApiError::invalid(format!("priority is {number}, but must be 0 to 255")))
 }
 
 fn power(state: &State, caller: &Caller, body: &proto::SetVmPowerRequest) -> Result<Command, ApiError> {

@@ -12,7 +12,7 @@ impl State {
             Some(Phase::Running) => Some(("running", setting::BILL_RUNNING)),
             Some(Phase::Suspended) => Some(("suspended", setting::BILL_SUSPENDED)),
             Some(Phase::Stopped) => Some(("stopped", setting::BILL_STOPPED)),
-            Some(Phase::Absent | Phase::Failed) | None => None,
+            Some(Phase::Absent | Phase::Failed | Phase::Lost) | None => None,
         };
         let resource = Resource::Vm(vm.id);
         match rate {

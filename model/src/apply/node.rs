@@ -37,6 +37,7 @@ impl State {
             capacity: Capacity::default(),
             state: NodeState::Joined,
             cordoned: false,
+            maintenance: false,
             generation: 0,
             incarnation: 0,
             certificate: Digest::default(),
@@ -62,19 +63,19 @@ impl State {
         let before = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
         let known = before.state != NodeState::Joined;
         let moved = known && (before.address != host.address || before.underlay != host.underlay);
-        let now = m.now;
-        let attach = |node: &mut Node| {
-            node.address = host.address.into();
-            node.underlay = host.underlay;
-            node.hypervisor = host.hypervisor;
-            node.capacity = *host.capacity;
-            node.state = NodeState::Up;
-            node.changed_at = now;
-            node.incarnation += 1;
-            node.generation += 1;
-            node.incarnation
-        };
-        let incarnation = self.nodes.update(&id, attach).ok_or_else(|| check::missing("node", id))?;
+        let incarnation = before.incarnation + 1;
+        self.put_node(Node {
+            address: host.address.into(),
+            underlay: host.underlay,
+            hypervisor: host.hypervisor,
+            capacity: *host.capacity,
+            // One that was lost has to be heard first: only its beats may be cut off, and it would be lost again at once.
+            state: if before.state == NodeState::Lost { NodeState::Silent } else { NodeState::Up },
+            changed_at: m.now,
+            incarnation,
+            generation: before.generation + 1,
+            ..before.clone()
+        });
         if moved {
             // Other hosts name this one as the end of a tunnel or as a source of images.
             let others: Vec<NodeId> = self.nodes.iter().map(|(other, _)| *other).filter(|other| *other != id).collect();
@@ -90,7 +91,7 @@ impl State {
 
     pub(super) fn set_node_silent(&mut self, m: Moment, id: NodeId, incarnation: u64, silent: bool) -> Applied {
         let node = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
-        if node.incarnation != incarnation || node.state == NodeState::Joined {
+        if node.incarnation != incarnation || matches!(node.state, NodeState::Joined | NodeState::Lost) {
             return Err(Rejection::Stale(format!("{id} is at incarnation {}, not {incarnation}", node.incarnation)));
         }
         let state = if silent { NodeState::Silent } else { NodeState::Up };

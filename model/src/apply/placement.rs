@@ -32,6 +32,9 @@ impl State {
         if node.cordoned {
             return refuse("it is cordoned");
         }
+        if node.maintenance {
+            return refuse("it is in maintenance");
+        }
         let room = self.promisable(node).minus(self.reserved(node.id));
         if size.vcpus > room.vcpus {
             return refuse("too few vCPUs");
@@ -94,7 +97,8 @@ impl State {
             | Status::Suspended
             | Status::Stopped
             | Status::Deleting
-            | Status::Failed => {
+            | Status::Failed
+            | Status::Lost => {
                 vm.deadline = None;
                 self.put_vm(vm);
                 return Ok(Reply::Done);

@@ -2,7 +2,7 @@
 
 use super::{Applied, Moment};
 use crate::{
-    NodeId, Phase, Rejection, ReplicaState, Reply, State, Vm, Wanted,
+    NodeId, NodeState, Phase, Rejection, ReplicaState, Reply, State, Vm, Wanted,
     command::{ImageReport, VmReport},
     setting,
 };
@@ -30,17 +30,17 @@ impl State {
             match report.phase {
                 Phase::Absent => self.remove_vm(vm.id),
                 Phase::Failed => self.quiet(vm, |vm| vm.reason.clone_from(&report.reason)),
-                Phase::Running | Phase::Suspended | Phase::Stopped => {}
+                Phase::Running | Phase::Suspended | Phase::Stopped | Phase::Lost => {}
             }
             return;
         }
         let before = (vm.phase, vm.rebooted, vm.wanted, vm.reason.clone());
-        let was_on = matches!(vm.phase, Some(Phase::Running | Phase::Suspended));
+        let was_on = matches!(vm.phase, Some(Phase::Running | Phase::Suspended | Phase::Lost));
         match report.phase {
             Phase::Failed if report.attempt != vm.tries => return,
             Phase::Failed => return self.fail_vm(m, vm, &report.reason, report.retry, true),
             Phase::Absent if vm.existed => return self.fail_vm(m, vm, "its host has lost it", false, false),
-            Phase::Absent => return,
+            Phase::Absent | Phase::Lost => return,
             Phase::Stopped if was_on && matches!(vm.wanted, Wanted::Running | Wanted::Suspended) && !report.retry => {
                 vm.wanted = Wanted::Stopped;
                 vm.reason =
@@ -137,6 +137,9 @@ impl State {
             return Err(m.forbidden());
         }
         let node = self.nodes.get(&id).ok_or_else(|| super::check::missing("node", id))?;
+        if node.state == NodeState::Lost {
+            return Err(Rejection::Stale(format!("{id} was declared lost and has to attach again")));
+        }
         if node.incarnation == incarnation {
             return Ok(());
         }

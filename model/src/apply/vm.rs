@@ -4,8 +4,8 @@ use std::net::Ipv4Addr;
 
 use super::{Applied, Moment, check};
 use crate::{
-    Capacity, ImageId, Mac, Network, NetworkId, Nic, Phase, Rejection, Reply, State, Status, TenantId, Timestamp, Vm,
-    VmId, Wanted, setting,
+    Capacity, ImageId, Mac, Network, NetworkId, Nic, Phase, Recovery, Rejection, Reply, State, Status, TenantId,
+    Timestamp, Vm, VmId, Wanted, setting,
 };
 
 pub(super) struct Order<'a> {
@@ -15,6 +15,7 @@ pub(super) struct Order<'a> {
     pub network: NetworkId,
     pub ssh_keys: &'a [String],
     pub user_data: &'a str,
+    pub after_loss: (Recovery, u8),
 }
 
 /// Longest time that ACPI shutdown may be given.
@@ -57,6 +58,9 @@ impl State {
             ssh_keys: order.ssh_keys.to_vec(),
             user_data: order.user_data.into(),
             wanted: Wanted::Running,
+            recovery: order.after_loss.0,
+            priority: order.after_loss.1,
+            loss: None,
             stop_grace_millis: 0,
             reboots: 0,
             placement: None,
@@ -88,6 +92,13 @@ impl State {
         vm.wanted = wanted;
         vm.stop_grace_millis = grace;
         self.asked_anew(m, vm);
+        Ok(Reply::Vm(id))
+    }
+
+    pub(super) fn set_vm_recovery(&mut self, m: Moment, id: VmId, recovery: Recovery, priority: u8) -> Applied {
+        let mut vm = self.owned_vm(m, id)?.clone();
+        (vm.recovery, vm.priority, vm.request) = (recovery, priority, m.request);
+        self.put_vm(vm);
         Ok(Reply::Vm(id))
     }
 

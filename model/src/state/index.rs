@@ -1,11 +1,14 @@
 //! The indexes: derived from the rows, kept beside them, never stored.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use super::State;
 use crate::{
-    Capacity, Digest, Image, ImageId, Network, NetworkId, Node, NodeId, Remembered, RequestId, Tenant, TenantId,
-    Timestamp, User, Vm, VmId,
+    Capacity, Digest, Image, ImageId, Network, NetworkId, Node, NodeId, NodeState, Remembered, RequestId, Tenant,
+    TenantId, Timestamp, User, Vm, VmId,
 };
 
 /// Derived from the rows; equal indexes follow from equal rows.
@@ -28,8 +31,9 @@ pub struct Index {
     pub(crate) network_nodes: BTreeMap<NetworkId, BTreeMap<NodeId, u32>>,
     pub(crate) reserved: BTreeMap<NodeId, Capacity>,
     pub(crate) usage: BTreeMap<TenantId, Usage>,
-    /// Machines that want a host and may have one now.
-    pub(crate) unplaced: BTreeSet<VmId>,
+    /// Machines that want a host and may have one now, in the order in which they get it: by priority, then age.
+    pub(crate) unplaced: BTreeSet<(Reverse<u8>, VmId)>,
+    pub(crate) lost_nodes: BTreeSet<NodeId>,
     /// When a deadline passes or a back-off ends.
     pub(crate) due: BTreeSet<(Timestamp, VmId)>,
     pub(crate) requests_by_age: BTreeSet<(Timestamp, RequestId)>,
@@ -66,6 +70,11 @@ impl Index {
     }
     pub(super) fn add_node(&mut self, row: &Node) {
         self.node_by_name.insert(row.name.clone(), row.id);
+        if row.state == NodeState::Lost {
+            self.lost_nodes.insert(row.id);
+        } else {
+            self.lost_nodes.remove(&row.id);
+        }
     }
     pub(super) fn add_request(&mut self, id: RequestId, row: &Remembered) {
         self.requests_by_age.insert((row.at, id));
@@ -105,7 +114,7 @@ impl Index {
                 *self.network_nodes.entry(nic.network).or_default().entry(placement.node).or_default() += 1;
             }
         } else if vm.wants_host() {
-            self.unplaced.insert(vm.id);
+            self.unplaced.insert((Reverse(vm.priority), vm.id));
         }
         vm.due_times().for_each(|at| {
             self.due.insert((at, vm.id));
@@ -132,7 +141,7 @@ impl Index {
         if let Some(placement) = vm.placement {
             self.leave_node(vm, placement.node);
         }
-        self.unplaced.remove(&vm.id);
+        self.unplaced.remove(&(Reverse(vm.priority), vm.id));
         vm.due_times().for_each(|at| {
             self.due.remove(&(at, vm.id));
         });

@@ -18,6 +18,7 @@ fn vm(id: u64, epoch: u64, power: Power) -> VmWish {
         request: crate::RequestId::default(),
         attempt: 0,
         power,
+        recovery: Recovery::default(),
         stop_grace_millis: 30_000,
         reboots: 0,
         tenant: "acme".into(),

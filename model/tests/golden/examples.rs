@@ -12,6 +12,7 @@ pub fn name(command: &Command) -> &'static str {
     use {NodeCommand as N, OperatorCommand as O, PlannerCommand as P, TenantCommand as T};
     match command {
         Command::Tenant(T::CreateVm { .. }) => "tenant.create-vm",
+        Command::Tenant(T::SetVmRecovery { .. }) => "tenant.set-vm-recovery",
         Command::Tenant(T::SetVmPower { .. }) => "tenant.set-vm-power",
         Command::Tenant(T::RebootVm { .. }) => "tenant.reboot-vm",
         Command::Tenant(T::DeleteVm { .. }) => "tenant.delete-vm",
@@ -32,6 +33,8 @@ pub fn name(command: &Command) -> &'static str {
         Command::Operator(O::SetPrice { .. }) => "operator.set-price",
         Command::Operator(O::IssueJoinToken { .. }) => "operator.issue-join-token",
         Command::Operator(O::CordonNode { .. }) => "operator.cordon-node",
+        Command::Operator(O::MaintainNode { .. }) => "operator.maintain-node",
+        Command::Operator(O::ArmRecovery { .. }) => "operator.arm-recovery",
         Command::Operator(O::RemoveNode { .. }) => "operator.remove-node",
         Command::Node(N::Attach { .. }) => "node.attach",
         Command::Node(N::ReportVms { .. }) => "node.report-vms",
@@ -47,6 +50,8 @@ pub fn name(command: &Command) -> &'static str {
         Command::Planner(P::RetryVm { .. }) => "planner.retry-vm",
         Command::Planner(P::ExpireVm { .. }) => "planner.expire-vm",
         Command::Planner(P::SetNodeSilent { .. }) => "planner.set-node-silent",
+        Command::Planner(P::DeclareLost { .. }) => "planner.declare-lost",
+        Command::Planner(P::RecoverVm { .. }) => "planner.recover-vm",
         Command::Planner(P::AddReplica { .. }) => "planner.add-replica",
     }
 }
@@ -156,6 +161,8 @@ fn life() -> Vec<Command> {
             network: NetworkId(1),
             ssh_keys: vec!["ssh-ed25519 AAAA ann".into()],
             user_data: "#cloud-config\n".into(),
+            recovery: Recovery::Exclusive,
+            priority: 7,
         }),
         Command::Planner(PlannerCommand::DeferVm { vm, reason: "no node has room".into() }),
         Command::Planner(PlannerCommand::PlaceVm { vm, node: node_id }),
@@ -177,6 +184,11 @@ fn end() -> Vec<Command> {
         Command::Planner(PlannerCommand::ExpireVm { vm }),
         Command::Planner(PlannerCommand::SetNodeSilent { node: node_id, incarnation: 1, silent: true }),
         Command::Planner(PlannerCommand::RetireController { controller: ControllerId(2) }),
+        tenant_asks(TenantCommand::SetVmRecovery { vm, recovery: Recovery::RestartInPlace, priority: 1 }),
+        operator(OperatorCommand::ArmRecovery { armed: false }),
+        operator(OperatorCommand::MaintainNode { node: node_id, maintenance: true }),
+        Command::Planner(PlannerCommand::DeclareLost { node: node_id, incarnation: 1 }),
+        Command::Planner(PlannerCommand::RecoverVm { vm, epoch: 19 }),
         operator(OperatorCommand::CordonNode { node: node_id, cordoned: true }),
         operator(OperatorCommand::RemoveNode { node: node_id, force: false }),
         operator(OperatorCommand::DeleteTemplate { name: "enhanced".into() }),

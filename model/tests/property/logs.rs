@@ -164,7 +164,18 @@ impl Source {
         let template = ["tiny", "normal", "standard", "enhanced", "none"][r.below(14).saturating_sub(9)].into();
         let actor = self.actor(state, r);
         let (ssh_keys, user_data) = (vec!["ssh-ed25519 AAAA me".to_owned()], String::new());
-        let command = TenantCommand::CreateVm { tenant, name: r.name(), image, template, network, ssh_keys, user_data };
+        let (recovery, priority) = (recovery(r), r.below(3) as u8);
+        let command = TenantCommand::CreateVm {
+            tenant,
+            name: r.name(),
+            image,
+            template,
+            network,
+            ssh_keys,
+            user_data,
+            recovery,
+            priority,
+        };
         self.asked(actor, Command::Tenant(command))
     }
 
@@ -175,11 +186,15 @@ impl Source {
 
     fn power(&mut self, state: &State, r: &mut Reader) -> Entry {
         let vm = self.machine(state, r);
-        let wanted = match r.below(11) {
+        let wanted = match r.below(12) {
             0..=3 => Wanted::Running,
             4..=5 => Wanted::Suspended,
             6..=7 => Wanted::Stopped,
             8 => Wanted::Deleted,
+            9 => {
+                let (recovery, priority) = (recovery(r), r.below(3) as u8);
+                return self.tenant(TenantCommand::SetVmRecovery { vm, recovery, priority });
+            }
             _ => return self.tenant(TenantCommand::RebootVm { vm }),
         };
         let stop_grace_millis = [0, 30_000, u64::MAX][r.below(20) / 9];
@@ -208,9 +223,10 @@ impl Source {
     fn planned(&mut self, state: &State, r: &mut Reader) -> Entry {
         if self.planned.is_empty() {
             let heard = |node: &Node, r: &mut Reader| {
-                let last_beat = Timestamp(if r.one_in(9) { 0 } else { self.clock });
-                (node.id, Heard { last_beat, incarnation: node.incarnation, ..Heard::default() })
+                let at = if r.one_in(9) { 0 } else { self.clock * 1_000_000 };
+                (node.id, Heard { at, incarnation: node.incarnation, ..Heard::default() })
             };
+            self.telemetry.clock = self.clock * 1_000_000;
             self.telemetry.nodes = state.nodes().values().map(|node| heard(node, r)).collect();
             // A plan is carried out while other entries come between: by then parts of it are stale.
             self.planned = plan::plan(state, &self.telemetry, Timestamp(self.clock)).into();
@@ -223,7 +239,9 @@ impl Source {
 
     fn hasty_planner(&mut self, state: &State, r: &mut Reader) -> Entry {
         let (vm, node) = (self.machine(state, r), NodeId(r.below(5) as u64));
-        let command = match r.below(7) {
+        let command = match r.below(9) {
+            7 => PlannerCommand::DeclareLost { node, incarnation: r.below(3) as u64 },
+            8 => PlannerCommand::RecoverVm { vm, epoch: r.below(60) as u64 },
             0 => PlannerCommand::PlaceVm { vm, node },
             1 => PlannerCommand::DeferVm { vm, reason: "no".into() },
             2 => PlannerCommand::RetryVm { vm },
@@ -238,7 +256,9 @@ impl Source {
     fn host(&mut self, state: &State, r: &mut Reader) -> Entry {
         let node = NodeId(1 + r.below(4) as u64);
         let token = Digest([100 + r.below(3) as u8; 32]);
-        match r.below(9) {
+        match r.below(11) {
+            9 => self.operator(OperatorCommand::MaintainNode { node, maintenance: r.one_in(3) }),
+            10 => self.operator(OperatorCommand::ArmRecovery { armed: !r.one_in(4) }),
             0..=2 => self.attach(node, r.below(2) as u8, 1 + r.below(3) as u64),
             3 => self.operator(OperatorCommand::CordonNode { node, cordoned: r.one_in(3) }),
             4 => self.operator(OperatorCommand::RemoveNode { node, force: r.one_in(2) }),
@@ -362,4 +382,8 @@ fn import(tenant: TenantId, name: &str, size_bytes: u64, digest: u8, replicas: V
         digest,
         replicas,
     }
+}
+
+fn recovery(r: &mut Reader) -> Recovery {
+    [Recovery::Exclusive, Recovery::Available, Recovery::RestartInPlace, Recovery::None][r.below(4)]
 }

@@ -82,7 +82,12 @@ pub fn settle(state: &mut State, source: &mut Source) -> Result<(), String> {
     let mut index = 1_000_000;
     let mut said: Vec<Command> = Vec::new();
     source.clock = source.clock.max(state.now().0);
-    let waiting: Vec<NodeId> = state.nodes().values().filter(|n| n.state == NodeState::Joined).map(|n| n.id).collect();
+    let waiting: Vec<NodeId> = state
+        .nodes()
+        .values()
+        .filter(|n| matches!(n.state, NodeState::Joined | NodeState::Lost))
+        .map(|n| n.id)
+        .collect();
     for node in waiting {
         index += 1;
         state.apply(index, &source.attach(node, 0, 2)).map_err(|refusal| refusal.to_string())?;
@@ -90,8 +95,12 @@ pub fn settle(state: &mut State, source: &mut Source) -> Result<(), String> {
     for _ in 0..ROUNDS {
         source.clock += ROUND_MILLIS;
         let now = Timestamp(source.clock);
-        let heard =
-            |node: &Node| (node.id, Heard { last_beat: now, incarnation: node.incarnation, ..Heard::default() });
+        let clock = now.0 * 1_000_000;
+        let heard = |node: &Node| {
+            let incarnation = node.incarnation;
+            (node.id, Heard { at: clock, answered: Some(clock), incarnation, ..Heard::default() })
+        };
+        source.telemetry.clock = clock;
         source.telemetry.nodes = state.nodes().values().map(heard).collect();
         said = plan::plan(state, &source.telemetry, now);
         for command in &said {

@@ -18,11 +18,18 @@ pub struct Story {
     index: u64,
     now: Timestamp,
     unheard: BTreeSet<String>,
+    telemetry: Telemetry,
 }
 
 impl Default for Story {
     fn default() -> Self {
-        Self { state: State::default(), index: 0, now: START, unheard: BTreeSet::new() }
+        Self {
+            state: State::default(),
+            index: 0,
+            now: START,
+            unheard: BTreeSet::new(),
+            telemetry: Telemetry::default(),
+        }
     }
 }
 
@@ -96,9 +103,11 @@ impl Story {
                 self.unheard.remove(node);
                 Ok(String::new())
             }
-            ("tenant" | "quota" | "template" | "setting" | "price" | "cordon" | "remove", _) => {
-                self.operator(text, &line)
-            }
+            (
+                "tenant" | "quota" | "template" | "setting" | "price" | "cordon" | "remove" | "maintain" | "arm"
+                | "disarm",
+                _,
+            ) => self.operator(text, &line),
             _ => self.owner(root(), text, &line),
         }
     }
@@ -127,8 +136,11 @@ impl Story {
     }
 
     fn operator(&mut self, text: &str, line: &Line) -> Told {
-        let name = line.word(1)?.to_owned();
+        let name = line.words.get(1).copied().unwrap_or_default().to_owned();
         let command = match line.word(0)? {
+            "maintain" => OperatorCommand::MaintainNode { node: self.host(&name)?.id, maintenance: !line.has("over") },
+            "arm" => OperatorCommand::ArmRecovery { armed: true },
+            "disarm" => OperatorCommand::ArmRecovery { armed: false },
             "tenant" => OperatorCommand::CreateTenant { name, quota: quota(line)? },
             "quota" => OperatorCommand::SetQuota { tenant: self.tenant(&name)?, quota: quota(line)? },
             "template" => OperatorCommand::CreateTemplate {
@@ -174,11 +186,15 @@ impl Story {
     }
 
     fn plan(&mut self) -> Told {
-        let heard = |node: &&Node| !self.unheard.contains(&node.name);
-        let beat =
-            |node: &Node| (node.id, Heard { last_beat: self.now, incarnation: node.incarnation, ..Heard::default() });
-        let nodes = self.state.nodes().values().filter(heard).map(beat).collect();
-        let telemetry = Telemetry { nodes, leader_since: START };
+        let clock = self.now.millis_since(START) * 1_000_000;
+        for node in self.state.nodes().values() {
+            let heard = self.telemetry.nodes.entry(node.id).or_default();
+            if !self.unheard.contains(&node.name) {
+                (heard.at, heard.answered, heard.incarnation) = (clock, Some(clock), node.incarnation);
+            }
+        }
+        self.telemetry.clock = clock;
+        let telemetry = self.telemetry.clone();
         let commands = plan::plan(&self.state, &telemetry, self.now);
         let mut lines = Vec::new();
         for command in commands {
@@ -290,7 +306,10 @@ impl Story {
         let image = self.state.image_named(tenant, line.word(3)?).ok_or("no such image")?.id;
         let network = self.state.network_named(tenant, line.word(4)?).ok_or("no such network")?.id;
         let (template, ssh_keys, user_data) = (line.word(2)?.into(), vec![], String::new());
-        Ok(TenantCommand::CreateVm { tenant, name: name.into(), image, template, network, ssh_keys, user_data })
+        let recovery = line.values.get("recovery").map_or(Ok(Recovery::default()), |text| text.parse())?;
+        let priority = line.number("priority", 0)? as u8;
+        let name = name.into();
+        Ok(TenantCommand::CreateVm { tenant, name, image, template, network, ssh_keys, user_data, recovery, priority })
     }
 
     fn tenant(&self, name: &str) -> Result<TenantId, String> {

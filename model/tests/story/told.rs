@@ -10,7 +10,11 @@ pub type Picture = BTreeMap<String, String>;
 pub fn picture(state: &State) -> Picture {
     let mut picture = Picture::new();
     for node in state.nodes().values() {
-        let cordoned = if node.cordoned { ", cordoned" } else { "" };
+        let cordoned = match (node.cordoned, node.maintenance) {
+            (true, _) => ", cordoned",
+            (_, true) => ", in maintenance",
+            _ => "",
+        };
         let line = format!("{} {} is {}{cordoned}", node.id, node.name, format!("{:?}", node.state).to_lowercase());
         picture.insert(format!("node {}", node.id), line);
     }

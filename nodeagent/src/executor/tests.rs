@@ -285,6 +285,7 @@ fn vm(epoch: u64, power: Power) -> VmWish {
         request: model::RequestId::default(),
         attempt: 0,
         power,
+        recovery: model::Recovery::default(),
         stop_grace_millis: 300,
         reboots: 0,
         tenant: "acme".into(),

@@ -1,0 +1,104 @@
+//! `trefoil recovery`: what is lost, what waits for a node or another try, and the brake.
+
+use api::{
+    error::ApiError,
+    proto::{ArmRecoveryRequest, RecoveryRequest, RecoveryStatus, Waiting},
+};
+use clap::Subcommand;
+
+use crate::{
+    context::{Context, change, read},
+    moment::moment_text,
+    output::{self, Rows},
+};
+
+#[derive(Debug, Subcommand)]
+pub enum RecoveryCommand {
+    /// Shows lost nodes and whether their machines are made again elsewhere
+    #[command(after_help = "Example:\n  trefoil recovery status")]
+    Status,
+    /// Lists the machines that wait for a node or for another try
+    #[command(after_help = "Example:\n  trefoil recovery list --output json")]
+    List,
+    /// Leaves the machines of lost nodes where they are
+    #[command(after_help = "Example:\n  trefoil recovery disarm")]
+    Disarm,
+    /// Makes the machines of lost nodes again elsewhere; also lets go a brake that froze
+    #[command(after_help = "Example:\n  trefoil recovery arm")]
+    Arm,
+}
+
+pub async fn run(command: RecoveryCommand, context: &Context) -> Result<(), ApiError> {
+    let status = match command {
+        RecoveryCommand::Status | RecoveryCommand::List => {
+            read!(context, get_recovery, RecoveryRequest { stale: context.stale })?
+        }
+        RecoveryCommand::Disarm => change!(context, arm_recovery, ArmRecoveryRequest { armed: false })?,
+        RecoveryCommand::Arm => change!(context, arm_recovery, ArmRecoveryRequest { armed: true })?,
+    };
+    output::label(context.format, status.read_at.as_ref());
+    match command {
+        RecoveryCommand::List => context.print(&status.waiting, || table(&status.waiting).render(None)),
+        _ => context.print(&status, || describe(&status)),
+    }
+}
+
+fn describe(status: &RecoveryStatus) -> String {
+    let brake = match status.brake.as_str() {
+        "frozen" => format!(
+            "frozen since {}: {} nodes were lost at once ('trefoil recovery arm' lets it go)",
+            moment_text(status.frozen_at_millis),
+            status.frozen_lost
+        ),
+        other => other.to_owned(),
+    };
+    let lost = status.lost.iter().map(|node| {
+        let maintenance = if node.maintenance { ", in maintenance" } else { "" };
+        format!(
+            "\nlost       {} since {}, {} machines on it{maintenance}",
+            node.name,
+            moment_text(node.since_millis),
+            node.vms
+        )
+    });
+    let lost: String = lost.collect();
+    format!("recovery   {brake}{lost}\nwaiting    {} machines", status.waiting.len())
+}
+
+fn table(waiting: &[Waiting]) -> Rows {
+    let row = |vm: &Waiting| {
+        let next = if vm.next_try_millis == 0 { "when there is room".into() } else { moment_text(vm.next_try_millis) };
+        vec![
+            vm.id.clone(),
+            vm.tenant.clone(),
+            vm.name.clone(),
+            vm.status.clone(),
+            vm.priority.to_string(),
+            vm.attempts.to_string(),
+            next,
+            vm.reason.clone(),
+        ]
+    };
+    let header = &["ID", "TENANT", "NAME", "STATUS", ">PRIORITY", ">ATTEMPTS", "NEXT TRY", "REASON"];
+    Rows::new(header, waiting.iter().map(row))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frozen_brake_says_why_and_what_to_do() {
+        let lost = api::proto::LostNode { name: "rack1".into(), vms: 3, ..Default::default() };
+        let status = RecoveryStatus {
+            brake: "frozen".into(),
+            frozen_lost: 3,
+            lost: vec![lost],
+            waiting: vec![Waiting::default()],
+            ..RecoveryStatus::default()
+        };
+        let text = describe(&status);
+        assert!(text.contains("3 nodes were lost at once") && text.contains("recovery arm"), "{text}");
+        assert!(text.contains("rack1") && text.contains("3 machines on it") && text.contains("1 machines"), "{text}");
+    }
+}

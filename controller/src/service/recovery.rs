@@ -1,0 +1,70 @@
+//! Lost hosts, the brake, and what waits for a host or for another try.
+
+use api::{error::ApiError, proto};
+use model::{Brake, Command, NodeState, OperatorCommand, State, Timestamp};
+use tonic::Request;
+
+use super::Service;
+use crate::{access, access::Caller, view};
+
+/// What one answer lists at most; more waiting machines than this are one problem, not many.
+const MOST_LISTED: usize = 1_000;
+
+impl Service {
+    pub(super) async fn recovery_get(
+        &self,
+        request: Request<proto::RecoveryRequest>,
+    ) -> Result<proto::RecoveryStatus, ApiError> {
+        access::caller(&self.core, &request).await?.must_be_operator()?;
+        let stale = request.into_inner().stale;
+        let (status, read_at) = self.core.read(stale.into(), shown).await?;
+        Ok(proto::RecoveryStatus { read_at: Some(read_at), ..status })
+    }
+
+    pub(super) async fn recovery_arm(
+        &self,
+        request: Request<proto::ArmRecoveryRequest>,
+    ) -> Result<proto::RecoveryStatus, ApiError> {
+        let make = |_: &State, caller: &Caller, body: &proto::ArmRecoveryRequest| {
+            caller.must_be_operator()?;
+            Ok(Command::Operator(OperatorCommand::ArmRecovery { armed: body.armed }))
+        };
+        let (_, index, _) = self.change("ArmRecovery", &request, make).await?;
+        self.core.applied(index).await?;
+        Ok(self.core.replica.read(shown))
+    }
+}
+
+fn shown(state: &State) -> proto::RecoveryStatus {
+    let (brake, frozen_at, frozen_lost) = match state.cluster().brake {
+        Brake::Armed => ("armed", Timestamp::default(), 0),
+        Brake::Disarmed => ("disarmed", Timestamp::default(), 0),
+        Brake::Frozen { at, lost } => ("frozen", at, lost),
+    };
+    let lost = state.nodes().values().filter(|node| node.state == NodeState::Lost);
+    let waiting = state.waiting().take(MOST_LISTED).map(|vm| proto::Waiting {
+        id: vm.id.to_string(),
+        tenant: view::tenant_name(state, vm.tenant),
+        name: vm.name.clone(),
+        status: vm.status().to_string(),
+        reason: vm.reason.clone(),
+        attempts: vm.attempts.into(),
+        next_try_millis: vm.retry_at.unwrap_or_default().0,
+        priority: vm.priority.into(),
+    });
+    proto::RecoveryStatus {
+        brake: brake.into(),
+        frozen_at_millis: frozen_at.0,
+        frozen_lost,
+        lost: lost
+            .map(|node| proto::LostNode {
+                name: node.name.clone(),
+                since_millis: node.changed_at.0,
+                vms: state.vm_count_on_node(node.id) as u64,
+                maintenance: node.maintenance,
+            })
+            .collect(),
+        waiting: waiting.collect(),
+        read_at: None,
+    }
+}
