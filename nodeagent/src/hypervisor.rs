@@ -12,6 +12,7 @@ pub mod domain_xml;
 pub mod guest_dir;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+pub mod qemu_process;
 pub mod seed;
 pub mod simulated;
 
