@@ -7,11 +7,17 @@ use std::{collections::BTreeSet, path::PathBuf};
 
 use model::{Capacity, HypervisorKind, ImageFormat, Mac, NetworkId, VmId, telemetry::NodeStatus};
 
+use job::Job;
+use migration::{Destination, Route};
+
 pub mod contract;
 pub mod domain_xml;
 pub mod guest_dir;
+pub mod job;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
+pub mod migration;
+pub mod moved_xml;
 pub mod qemu_process;
 pub mod seed;
 pub mod simulated;
@@ -49,6 +55,10 @@ pub struct GuestNic {
 pub enum GuestPower {
     Running,
     Suspended,
+    /// Its memory and disk are on their way to here. It runs elsewhere.
+    Arriving,
+    /// All of it is here, and paused. It runs nowhere, and must not run here before the quorum has handed it over.
+    Arrived,
     /// Defined but not running.
     Off(OffReason),
 }
@@ -61,6 +71,8 @@ pub enum OffReason {
     ByAgent,
     /// It crashed, its process was killed, or the host went down under it.
     Crashed,
+    /// It went to another host, which has all of it.
+    Moved,
     /// Defined, but not known to have run since it was asked to start: the agent died in between.
     Unknown,
 }
@@ -81,6 +93,28 @@ pub struct GuestUsage {
     pub disk_used_bytes: u64,
     pub rx_bytes: u64,
     pub tx_bytes: u64,
+}
+
+/// A guest's disk as it was at one moment: a qcow2 file that stands alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backup {
+    /// In the guest's folder; for the caller to move away. The next backup replaces it.
+    pub file: PathBuf,
+    pub size_bytes: u64,
+    /// Size of the disk that the guest sees.
+    pub virtual_bytes: u64,
+    pub consistency: Consistency,
+}
+
+/// What the guest finds on a disk that was restored from a backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Consistency {
+    /// It was off: its disk as it left it.
+    Off,
+    /// Its file systems were frozen at that moment: as if they had been unmounted.
+    Frozen,
+    /// As after a power failure at that moment: all that was synced, and a journal to replay.
+    Crash,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -117,12 +151,12 @@ pub trait Hypervisor: Send + Sync {
     /// placement is there, unless that is older and was never started: it gives way.
     fn make_disk(&self, spec: &GuestSpec) -> Result<()>;
     /// Define it and switch it on. The disk must be there. A guest that is on stays as it is, and one that was asked to
-    /// go off no longer counts as asked. Refused while a guest of another placement is there. A first start that fails
-    /// leaves no guest.
+    /// go off no longer counts as asked. Refused while a guest of another placement is there, or this one was not
+    /// handed over. A first start that fails leaves no guest.
     fn start(&self, spec: &GuestSpec) -> Result<()>;
-    /// Refused when it is off.
+    /// Refused when it is off, or not all here.
     fn suspend(&self, vm: VmId) -> Result<()>;
-    /// Refused when it is off.
+    /// Refused when it is off, or not all here, or has arrived: that takes `finish_migration`.
     fn resume(&self, vm: VmId) -> Result<()>;
     /// Press the power button. Returns at once; the guest may take its time, or ignore it (while it boots, for one).
     /// A suspended guest is resumed first, because it could not hear it.
@@ -133,6 +167,23 @@ pub trait Hypervisor: Send + Sync {
     fn reset(&self, vm: VmId) -> Result<()>;
     /// Switch it off, undefine it, and remove disk and seed.
     fn remove(&self, vm: VmId) -> Result<()>;
+    /// Copy a guest's disk as it is at one moment, while it goes on. Its file systems are frozen for that moment when its
+    /// guest agent answers. Off, it is copied as it lies there. Whatever an earlier backup left that was cut short is
+    /// cleared away first. Refused while it arrives.
+    fn back_up(&self, vm: VmId, job: &Job) -> Result<Backup>;
+    /// On the destination: make what a guest needs that will arrive under `spec`'s placement. Its base must be here.
+    /// What an earlier attempt at the same placement left is made anew, unless it has arrived.
+    fn prepare_migration(&self, spec: &GuestSpec) -> Result<Destination>;
+    /// On the source: move a running or suspended guest while it runs, memory and disk. Then it is off here (`Moved`)
+    /// and has arrived there. After an error `guests` tells what became of it: it is on here in nearly every case, and
+    /// off as moved when only the answer was lost. One that has moved stays so.
+    fn migrate(&self, vm: VmId, to: &Destination, route: &Route, job: &Job) -> Result<()>;
+    /// On the destination, when the quorum has handed it over: what has arrived is a guest of this host from now on,
+    /// running or suspended. Refused while it is still arriving, or under another placement.
+    fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Result<()>;
+    /// On the source, when the quorum has given the migration up: it goes on here. One that has moved counts as switched
+    /// off by this agent, and `start` boots it from its disk. (On the destination: `remove`.)
+    fn cancel_migration(&self, vm: VmId) -> Result<()>;
     /// Switch off and undefine a guest that nobody wants here, and move its disk aside, kept and listed by the host:
     /// its data may be the only copy. (`guest_dir::GuestDirs::quarantined` lists them.)
     fn quarantine(&self, vm: VmId) -> Result<()>;

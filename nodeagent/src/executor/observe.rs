@@ -53,9 +53,10 @@ pub async fn look(host: &Arc<Host>, wanted: &[NetworkWish]) -> Result<Look, Hype
 fn found_guest(guest: &Guest) -> FoundGuest {
     let power = match guest.power {
         GuestPower::Running => FoundPower::Running,
-        GuestPower::Suspended => FoundPower::Suspended,
+        // What was not handed over to this host yet, it cannot resume.
+        GuestPower::Suspended | GuestPower::Arriving | GuestPower::Arrived => FoundPower::Suspended,
         GuestPower::Off(OffReason::ByGuest) => FoundPower::OffByGuest,
-        GuestPower::Off(OffReason::ByAgent) => FoundPower::OffByAgent,
+        GuestPower::Off(OffReason::ByAgent | OffReason::Moved) => FoundPower::OffByAgent,
         GuestPower::Off(OffReason::Crashed | OffReason::Unknown) => FoundPower::Crashed,
     };
     FoundGuest { epoch: guest.epoch, power }

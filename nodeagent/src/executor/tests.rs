@@ -22,7 +22,9 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::{
     hypervisor::{
-        Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason,
+        Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason,
+        job::Job,
+        migration::{Destination, Route},
         simulated::{Simulated, SimulatedConfig},
     },
     network::{Network, simulated::SimulatedNetwork},
@@ -119,6 +121,21 @@ impl Hypervisor for Moody {
     }
     fn remove(&self, vm: VmId) -> Hyper<()> {
         self.inner.remove(vm)
+    }
+    fn back_up(&self, vm: VmId, job: &Job) -> Hyper<Backup> {
+        self.inner.back_up(vm, job)
+    }
+    fn prepare_migration(&self, spec: &GuestSpec) -> Hyper<Destination> {
+        self.inner.prepare_migration(spec)
+    }
+    fn migrate(&self, vm: VmId, to: &Destination, route: &Route, job: &Job) -> Hyper<()> {
+        self.inner.migrate(vm, to, route, job)
+    }
+    fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Hyper<()> {
+        self.inner.finish_migration(spec, run)
+    }
+    fn cancel_migration(&self, vm: VmId) -> Hyper<()> {
+        self.inner.cancel_migration(vm)
     }
     fn quarantine(&self, vm: VmId) -> Hyper<()> {
         self.inner.quarantine(vm)

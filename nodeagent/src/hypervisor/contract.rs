@@ -12,7 +12,9 @@ use std::{
 
 use model::VmId;
 
-use super::{GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason};
+use super::{Consistency, GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason, job::Job};
+
+pub mod migration;
 
 /// A guest under software emulation on a busy host boots in half a minute; shutting down takes some seconds more.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -50,6 +52,10 @@ pub fn run(subject: &Subject) {
     let h = (subject.open)();
     assert_eq!(power(&*h, subject), Some(GuestPower::Running), "another agent finds it running");
     usage_and_capacity_are_told(subject, &*h);
+    it_is_backed_up_while_it_runs(subject, &*h);
+    drop(h);
+    what_a_dead_agent_left_of_a_backup_is_cleared(subject);
+    let h = (subject.open)();
     it_is_switched_off_and_on(subject, &*h);
     a_crash_is_seen_as_one(subject, &*h);
     if subject.hears_power_button {
@@ -147,6 +153,44 @@ fn usage_and_capacity_are_told(subject: &Subject, h: &dyn Hypervisor) {
     assert!(status.disk_used_bytes <= status.disk_total_bytes && status.disk_total_bytes > 0, "{status:?}");
 }
 
+fn it_is_backed_up_while_it_runs(subject: &Subject, h: &dyn Hypervisor) {
+    let vm = subject.spec.vm;
+    let job = Job::new(PATIENCE);
+    let backup = h.back_up(vm, &job).expect("back up");
+    assert_ne!(backup.consistency, Consistency::Off);
+    assert_eq!(backup.virtual_bytes, subject.spec.size.disk_bytes, "it is as large as the guest's disk");
+    assert_eq!(fs::metadata(&backup.file).expect("the backup").len(), backup.size_bytes);
+    let progress = job.progress();
+    assert!(progress.done_bytes <= progress.total_bytes, "{progress:?}");
+    let cancelled = Job::new(PATIENCE);
+    cancelled.cancel();
+    for job in [cancelled, Job::new(Duration::ZERO)] {
+        let result = h.back_up(vm, &job);
+        assert!(matches!(result, Err(HypervisorError::Transient(_))), "it ends when it must: {result:?}");
+        assert_eq!(backup_files(subject), Vec::<String>::new(), "and leaves nothing");
+    }
+    let again = h.back_up(vm, &Job::new(PATIENCE)).expect("one that was cancelled is in nobody's way");
+    assert_eq!(again.file, backup.file);
+    assert_eq!(power(h, subject), Some(GuestPower::Running), "it runs on");
+    let absent = h.back_up(VmId(vm.0 + 1), &Job::new(PATIENCE));
+    assert!(matches!(absent, Err(HypervisorError::Transient(_))), "{absent:?}");
+}
+
+fn what_a_dead_agent_left_of_a_backup_is_cleared(subject: &Subject) {
+    let folder = subject.dir.join("vms").join(subject.spec.vm.to_string());
+    fs::write(folder.join("backup.part"), "torn").expect("the folder of the guest");
+    let h = (subject.open)();
+    h.guests().expect("guests");
+    assert_eq!(backup_files(subject), Vec::<String>::new());
+}
+
+fn backup_files(subject: &Subject) -> Vec<String> {
+    let folder = subject.dir.join("vms").join(subject.spec.vm.to_string());
+    let files = fs::read_dir(folder).expect("the folder of the guest");
+    let names = files.map(|file| file.expect("an entry").file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("backup")).collect()
+}
+
 fn it_is_switched_off_and_on(subject: &Subject, h: &dyn Hypervisor) {
     let vm = subject.spec.vm;
     h.power_off(vm).expect("switch off");
@@ -158,6 +202,9 @@ fn it_is_switched_off_and_on(subject: &Subject, h: &dyn Hypervisor) {
     let again = (subject.open)();
     assert_eq!(power(&*again, subject), Some(GuestPower::Off(OffReason::ByAgent)), "another agent knows why it is off");
     drop(again);
+    let backup = h.back_up(vm, &Job::new(PATIENCE)).expect("back up what is off");
+    assert_eq!(backup.consistency, Consistency::Off);
+    assert_eq!(backup.virtual_bytes, subject.spec.size.disk_bytes);
     h.make_disk(&subject.spec).expect("its disk is there");
     h.start(&subject.spec).expect("start again");
     assert_eq!(power(h, subject), Some(GuestPower::Running));

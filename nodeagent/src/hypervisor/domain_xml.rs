@@ -29,6 +29,10 @@ const TRANSLATION_CACHE_MIB: &str = "32";
 /// How often the balloon asks the guest for its memory use: as often as a host's status is sent.
 const BALLOON_PERIOD_SECONDS: &str = "5";
 
+/// What libvirt calls the guest's own disk, and the seed.
+const DISK: &str = "vda";
+const SEED: &str = "vdb";
+
 /// Where a guest's files are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DomainPaths {
@@ -115,6 +119,21 @@ pub fn probe_xml(name: &str, uuid: &str, kind: HypervisorKind, disk: &Path, outp
     })
 }
 
+/// What a backup copies, and where to: the guest's own disk, whole, into a file that stands alone.
+pub fn backup_xml(file: &Path) -> String {
+    document(|w| {
+        element(w, "domainbackup", &[("mode", "push")], |w| {
+            element(w, "disks", &[], |w| {
+                element(w, "disk", &[("name", DISK), ("backup", "yes"), ("type", "file")], |w| {
+                    leaf(w, "driver", &[("type", "qcow2")])?;
+                    leaf(w, "target", &[("file", &file.to_string_lossy())])
+                })?;
+                leaf(w, "disk", &[("name", SEED), ("backup", "no")])
+            })
+        })
+    })
+}
+
 /// The mark in a domain's XML, or in what libvirt returns for [`MARK_NAMESPACE`]: that element alone, stripped of its
 /// namespace. `None` when there is none or it is not one that this version understands.
 pub fn read_mark(xml: &str) -> Option<Mark> {
@@ -193,8 +212,8 @@ fn lifecycle(w: &mut Xml) -> io::Result<()> {
 }
 
 fn devices(w: &mut Xml, spec: &GuestSpec, paths: &DomainPaths) -> io::Result<()> {
-    file_disk(w, "qcow2", &paths.disk, ("vda", "virtio"), false)?;
-    file_disk(w, "raw", &paths.seed, ("vdb", "virtio"), true)?;
+    file_disk(w, "qcow2", &paths.disk, (DISK, "virtio"), false)?;
+    file_disk(w, "raw", &paths.seed, (SEED, "virtio"), true)?;
     spec.nics.iter().try_for_each(|nic| interface(w, nic))?;
     element(w, "serial", &[("type", "pty")], |w| {
         leaf(w, "log", &[("file", &paths.console.to_string_lossy()), ("append", "on")])?;
@@ -319,6 +338,7 @@ mod tests {
         check("domain-no-nic.xml", &domain_xml(&GuestSpec { nics: vec![], ..spec() }, &paths(), HypervisorKind::Qemu));
         let output = Path::new("/srv/trefoil/probe/output");
         let uuid = uuid_of("probe", "demo", "kvm");
+        check("backup.xml", &backup_xml(Path::new("/srv/trefoil/vms/vm-17/backup.part")));
         check("probe-kvm.xml", &probe_xml("trefoil-probe", &uuid, HypervisorKind::Kvm, Path::new("/d"), output));
     }
 

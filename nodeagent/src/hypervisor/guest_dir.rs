@@ -1,7 +1,7 @@
 //! What a guest leaves on the host's disk: one folder each, a small record in it, and the folder of what was set aside.
 //!
 //! ```text
-//! DIR/vms/vm-17/          disk.qcow2  seed.img  console.log  guest.json
+//! DIR/vms/vm-17/          disk.qcow2  seed.img  console.log  guest.json  (backup.qcow2)
 //! DIR/quarantine/vm-17-4242-1767225600/      the same, moved here with placement and time
 //! ```
 //! Records are replaced whole, by rename. Deliberately not here: what a record means; each hypervisor has its own.
@@ -58,6 +58,11 @@ impl GuestDirs {
     pub fn paths(&self, vm: VmId) -> DomainPaths {
         let dir = self.dir(vm);
         DomainPaths { disk: dir.join("disk.qcow2"), seed: dir.join("seed.img"), console: dir.join("console.log") }
+    }
+
+    /// Where a backup is made, before it goes into the image store.
+    pub fn backup(&self, vm: VmId) -> PathBuf {
+        self.dir(vm).join("backup.qcow2")
     }
 
     pub fn create(&self, vm: VmId) -> Result<()> {
@@ -178,6 +183,13 @@ fn older(console: &Path) -> PathBuf {
 fn rename(from: &Path, to: &Path) -> Result<()> {
     match fs::rename(from, to) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("move", from, e)),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn remove_file(file: &Path) -> Result<()> {
+    match fs::remove_file(file) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", file, e)),
         _ => Ok(()),
     }
 }

@@ -12,23 +12,30 @@ use std::{
 };
 
 use model::{Capacity, HypervisorKind, VmId, telemetry::NodeStatus};
-use virt::{connect::Connect, domain::Domain, error::Error, sys};
+use virt::sys;
 
 use super::{
-    Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, Result,
-    domain_xml::{MARK_NAMESPACE, Mark, domain_uuid, domain_xml, name_prefix, read_mark},
+    Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, Result,
+    domain_xml::{Mark, domain_uuid, domain_xml, name_prefix},
     guest_dir::{GuestDirs, write_whole},
+    job::Job,
+    migration::{Destination, Route},
     seed::seed_image,
 };
 
+mod backup;
 mod connection;
 mod disk;
+mod domain_job;
+mod handle;
 mod host;
+mod migration;
 mod power;
 mod probe;
 mod usage;
 
-use connection::{Connection, is_missing, is_wrong_state};
+use connection::{Connection, is_missing};
+use handle::Handle;
 use power::{Record, Remembered, Seen};
 
 #[derive(Clone, Debug)]
@@ -110,12 +117,23 @@ impl Libvirt {
         }
     }
 
-    /// The domain of a guest that must be on.
+    /// The domain of a guest that must be on, and all here.
     fn running(&self, vm: VmId) -> Result<(Handle<'_>, Seen)> {
         let off = || HypervisorError::Transient(format!("{vm} is not running here"));
         let domain = self.domain(vm)?.ok_or_else(off)?;
         let seen = domain.seen()?;
-        if seen.is_on() { Ok((domain, seen)) } else { Err(off()) }
+        if !seen.is_on() {
+            return Err(off());
+        }
+        if seen != Seen::Running && self.arrives(vm)? {
+            return Err(not_handed_over(vm));
+        }
+        Ok((domain, seen))
+    }
+
+    /// It was prepared to come from another host, and was not handed over.
+    fn arrives(&self, vm: VmId) -> Result<bool> {
+        Ok(self.dirs.read::<Record>(vm)?.is_some_and(|record| record.arriving))
     }
 
     /// Every domain that carries this cloud's mark. One that goes away meanwhile is left out.
@@ -138,7 +156,13 @@ impl Libvirt {
 
     /// A guest's power, remembered when it is news.
     fn observe(&self, vm: VmId, domain: &Handle) -> Result<GuestPower> {
-        let (power, news) = power::settle(self.dirs.read(vm)?.as_ref(), domain.seen()?);
+        let record: Option<Record> = self.dirs.read(vm)?;
+        if record.as_ref().is_some_and(|record| record.arriving)
+            && let Some(power) = migration::arrival(domain)?
+        {
+            return Ok(power);
+        }
+        let (power, news) = power::settle(record.as_ref(), domain.seen()?);
         if news.is_none() {
             return Ok(power);
         }
@@ -166,6 +190,9 @@ impl Libvirt {
     fn sweep(&self, guests: &[Guest]) {
         for vm in std::mem::take(&mut *lock(&self.found_at_start)) {
             if guests.iter().any(|guest| guest.vm == vm) {
+                if let Err(e) = backup::clear(self, vm) {
+                    tracing::warn!(%vm, error = %e, "cannot clear away what was under way when the last agent ended");
+                }
                 continue;
             }
             let swept = match self.dirs.read::<Record>(vm) {
@@ -295,7 +322,11 @@ impl Hypervisor for Libvirt {
             if let Some(mark) = domain.mark()?.filter(|mark| mark.epoch != spec.epoch) {
                 return Err(other_placement(spec, mark.epoch));
             }
-            if domain.seen()?.is_on() {
+            let seen = domain.seen()?;
+            if seen.is_on() && seen != Seen::Running && self.arrives(vm)? {
+                return Err(not_handed_over(vm));
+            }
+            if seen.is_on() {
                 return self.amend(vm, |record| record.stopping = false);
             }
             // A crashed guest can have a process still.
@@ -338,10 +369,10 @@ impl Hypervisor for Libvirt {
         if !seen.is_on() {
             return Ok(());
         }
-        self.amend(vm, |record| record.stopping = true)?;
         if seen == Seen::Suspended {
-            domain.call("resuming", |d| d.resume().map(drop))?;
+            self.resume(vm)?;
         }
+        self.amend(vm, |record| record.stopping = true)?;
         match domain.call("pressing the power button of", |d| d.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN))
         {
             Err(_) if !domain.seen()?.is_on() => Ok(()),
@@ -368,6 +399,26 @@ impl Hypervisor for Libvirt {
         self.abolish(vm, |dirs| dirs.remove(vm))
     }
 
+    fn back_up(&self, vm: VmId, job: &Job) -> Result<Backup> {
+        backup::back_up(self, vm, job)
+    }
+
+    fn prepare_migration(&self, spec: &GuestSpec) -> Result<Destination> {
+        migration::prepare(self, spec)
+    }
+
+    fn migrate(&self, vm: VmId, to: &Destination, route: &Route, job: &Job) -> Result<()> {
+        migration::migrate(self, vm, to, route, job)
+    }
+
+    fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Result<()> {
+        migration::finish(self, spec, run)
+    }
+
+    fn cancel_migration(&self, vm: VmId) -> Result<()> {
+        migration::cancel(self, vm)
+    }
+
     fn quarantine(&self, vm: VmId) -> Result<()> {
         let recorded = self.dirs.read::<Record>(vm)?.map(|record| record.epoch);
         let marked = || Ok(self.domain(vm)?.map(|domain| domain.mark()).transpose()?.flatten().map(|mark| mark.epoch));
@@ -380,62 +431,8 @@ impl Hypervisor for Libvirt {
     }
 }
 
-/// A domain and the connection that it belongs to.
-struct Handle<'a> {
-    connection: &'a Connection,
-    connect: Connect,
-    domain: Domain,
-}
-
-impl Handle<'_> {
-    fn call<T>(&self, doing: &str, call: impl FnOnce(&Domain) -> std::result::Result<T, Error>) -> Result<T> {
-        call(&self.domain).map_err(|e| {
-            let name = self.domain.name().unwrap_or_default();
-            self.connection.explain(&self.connect, &format!("{doing} {name}"), e)
-        })
-    }
-
-    fn seen(&self) -> Result<Seen> {
-        self.call("looking at", |d| d.state()).map(|(state, reason)| power::seen(state, reason))
-    }
-
-    /// `None` when it carries none, or is gone.
-    fn mark(&self) -> Result<Option<Mark>> {
-        match self.domain.metadata(sys::VIR_DOMAIN_METADATA_ELEMENT as i32, Some(MARK_NAMESPACE), 0) {
-            Ok(xml) => Ok(read_mark(&xml)),
-            Err(e) => match self.connection.explain(&self.connect, "reading the mark of a guest", e) {
-                HypervisorError::Unreachable(why) => Err(HypervisorError::Unreachable(why)),
-                _ => Ok(None),
-            },
-        }
-    }
-
-    /// On already, by a start whose agent did not live to see it, is as good.
-    fn create(&self) -> Result<()> {
-        match self.call("starting", |d| d.create()) {
-            Err(_) if self.seen().is_ok_and(|seen| matches!(seen, Seen::Running | Seen::Suspended)) => Ok(()),
-            other => other,
-        }
-    }
-
-    /// Off already, or gone, is as good.
-    fn destroy(&self) -> Result<()> {
-        match self.domain.destroy() {
-            Err(e) if is_missing(&e) || is_wrong_state(&e) => Ok(()),
-            other => self.call("switching off", |_| other),
-        }
-    }
-
-    fn undefine(&self) -> Result<()> {
-        let everything = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
-            | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-            | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
-            | sys::VIR_DOMAIN_UNDEFINE_NVRAM;
-        match self.domain.undefine_flags(everything) {
-            Err(e) if is_missing(&e) => Ok(()),
-            other => self.call("undefining", |_| other),
-        }
-    }
+fn not_handed_over(vm: VmId) -> HypervisorError {
+    HypervisorError::Transient(format!("{vm} was not handed over to this host yet"))
 }
 
 fn other_placement(spec: &GuestSpec, here: u64) -> HypervisorError {

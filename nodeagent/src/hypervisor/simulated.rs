@@ -17,11 +17,16 @@ use model::{Capacity, HypervisorKind, VmId, telemetry::NodeStatus};
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
-    Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason, Result, guest_dir::GuestDirs,
+    Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason, Result,
+    guest_dir::GuestDirs,
+    job::Job,
+    migration::{Destination, Route},
 };
 
+mod backup;
 mod control;
 mod effect;
+mod migration;
 mod record;
 
 use control::Control;
@@ -71,7 +76,10 @@ impl Simulated {
         let mut guests = BTreeMap::new();
         for vm in dirs.vms()? {
             match dirs.read::<SimGuest>(vm)? {
-                Some(guest) if guest.power != Power::Made => drop(guests.insert(vm, guest)),
+                Some(guest) if guest.power != Power::Made => {
+                    backup::clear(&dirs, vm)?;
+                    guests.insert(vm, guest);
+                }
                 // Made and never started, or torn: there is nothing in it.
                 _ => dirs.remove(vm)?,
             }
@@ -152,6 +160,7 @@ impl Simulated {
         let mut state = self.lock();
         let now = now_nanos();
         for guest in state.guests.values_mut() {
+            migration::note_arrival(&self.dirs, guest)?;
             if guest.is_on() && guest.off_at_nanos.is_some_and(|at| now >= at) {
                 self.switch_off(guest, OffReason::ByAgent)?;
             }
@@ -177,6 +186,19 @@ impl Simulated {
 
     fn delay(&self, millis: u64) {
         thread::sleep(Duration::from_micros(millis * self.config.delay_permille));
+    }
+
+    /// Takes its time and counts; ends early when it must.
+    fn work(&self, job: &Job, bytes: u64, millis: u64) -> Result<()> {
+        const PARTS: u64 = 10;
+        for part in 0..=PARTS {
+            job.note(bytes / PARTS * part, bytes);
+            if let Some(why) = job.must_end() {
+                return Err(HypervisorError::Transient(why.into()));
+            }
+            self.delay(millis / PARTS);
+        }
+        Ok(())
     }
 
     /// Fails as often as configured, by a sequence that the seed decides.
@@ -263,6 +285,10 @@ impl Hypervisor for Simulated {
 
     fn start(&self, spec: &GuestSpec) -> Result<()> {
         match self.look()?.guests.get_mut(&spec.vm) {
+            Some(guest) if guest.is_coming() => {
+                guest.same_placement(spec)?;
+                return Err(migration::not_handed_over(spec.vm));
+            }
             None => return Err(HypervisorError::Transient(format!("{} has no disk here", spec.vm))),
             Some(guest) => {
                 guest.same_placement(spec)?;
@@ -295,6 +321,7 @@ impl Hypervisor for Simulated {
     fn press_power(&self, vm: VmId) -> Result<()> {
         let suspended = match self.look()?.guests.get(&vm) {
             Some(guest) if guest.is_on() => guest.power == Power::Suspended,
+            Some(guest) if guest.is_coming() => return Err(migration::not_handed_over(vm)),
             _ => return Ok(()),
         };
         if suspended {
@@ -344,6 +371,26 @@ impl Hypervisor for Simulated {
         Ok(())
     }
 
+    fn back_up(&self, vm: VmId, job: &Job) -> Result<Backup> {
+        backup::back_up(self, vm, job)
+    }
+
+    fn prepare_migration(&self, spec: &GuestSpec) -> Result<Destination> {
+        migration::prepare(self, spec)
+    }
+
+    fn migrate(&self, vm: VmId, to: &Destination, _route: &Route, job: &Job) -> Result<()> {
+        migration::migrate(self, vm, to, job)
+    }
+
+    fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Result<()> {
+        migration::finish(self, spec, run)
+    }
+
+    fn cancel_migration(&self, vm: VmId) -> Result<()> {
+        migration::cancel(self, vm)
+    }
+
     fn console_log(&self, vm: VmId, max_bytes: usize) -> Result<Vec<u8>> {
         let state = self.look()?;
         let Some(guest) = state.guests.get(&vm) else { return Ok(vec![]) };
@@ -378,6 +425,8 @@ impl From<SimGuest> for GuestPower {
         match guest.power {
             Power::On => Self::Running,
             Power::Suspended => Self::Suspended,
+            Power::Arriving => Self::Arriving,
+            Power::Arrived => Self::Arrived,
             Power::Made => Self::Off(OffReason::Unknown),
             Power::Off(why) => Self::Off(why.into()),
         }

@@ -29,6 +29,12 @@ pub struct Record {
     pub remembered: Remembered,
     /// Somebody asked, through this agent, that it goes off.
     pub stopping: bool,
+    /// It was prepared to come from another host, and was not handed over to this one yet.
+    #[serde(default)]
+    pub arriving: bool,
+    /// Its file systems may be frozen for a backup.
+    #[serde(default)]
+    pub frozen: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +45,7 @@ pub enum Remembered {
     OffByGuest,
     OffByAgent,
     Crashed,
+    Moved,
 }
 
 /// What libvirt says.
@@ -52,6 +59,8 @@ pub enum Seen {
     ShutDown,
     /// Off in a way that no guest chooses.
     Died,
+    /// Off because another host has all of it.
+    Moved,
     /// Off since before libvirt's memory.
     Off,
 }
@@ -66,6 +75,8 @@ impl Record {
             macs: spec.nics.iter().map(|nic| nic.mac.to_string()).collect(),
             remembered: Remembered::Asked,
             stopping: false,
+            arriving: false,
+            frozen: false,
         }
     }
 }
@@ -91,6 +102,7 @@ pub fn seen(state: DomainStateEnum, reason: DomainStateReasonEnum) -> Seen {
         (Some(DomainState::Shutoff), DomainStateReasonEnum::Known(DomainStateReason::Shutoff(reason))) => {
             match reason.known() {
                 Some(DomainShutoffReason::Shutdown) => Seen::ShutDown,
+                Some(DomainShutoffReason::Migrated) => Seen::Moved,
                 Some(
                     DomainShutoffReason::Destroyed
                     | DomainShutoffReason::Crashed
@@ -113,6 +125,7 @@ pub fn settle(record: Option<&Record>, seen: Seen) -> (GuestPower, Option<Rememb
             return (power, record.filter(|r| r.remembered != Remembered::On).map(|_| Remembered::On));
         }
         Seen::ShutDown => Remembered::OffByGuest,
+        Seen::Moved => Remembered::Moved,
         Seen::Died | Seen::Off => Remembered::Crashed,
     };
     match record {
@@ -120,7 +133,8 @@ pub fn settle(record: Option<&Record>, seen: Seen) -> (GuestPower, Option<Rememb
         None if seen == Seen::Off => (GuestPower::Off(OffReason::Unknown), None),
         None => (power_of(off), None),
         Some(Record { remembered: Remembered::On, stopping, .. }) => {
-            let why = if *stopping { Remembered::OffByAgent } else { off };
+            // One that moved while its button was pressed runs elsewhere: that is what matters.
+            let why = if *stopping && off != Remembered::Moved { Remembered::OffByAgent } else { off };
             (power_of(why), Some(why))
         }
         Some(record) => (power_of(record.remembered), None),
@@ -134,6 +148,7 @@ fn power_of(remembered: Remembered) -> GuestPower {
         Remembered::OffByGuest => GuestPower::Off(OffReason::ByGuest),
         Remembered::OffByAgent => GuestPower::Off(OffReason::ByAgent),
         Remembered::Crashed => GuestPower::Off(OffReason::Crashed),
+        Remembered::Moved => GuestPower::Off(OffReason::Moved),
     }
 }
 
@@ -143,7 +158,8 @@ mod tests {
 
     fn record(remembered: Remembered, stopping: bool) -> Option<Record> {
         let (cluster, tenant) = ("demo".into(), "acme".into());
-        Some(Record { cluster, vm: VmId(1), epoch: 1, tenant, macs: vec![], remembered, stopping })
+        let (arriving, frozen) = (false, false);
+        Some(Record { cluster, vm: VmId(1), epoch: 1, tenant, macs: vec![], remembered, stopping, arriving, frozen })
     }
 
     #[test]
@@ -163,6 +179,10 @@ mod tests {
             (record(R::On, false), S::Off, P::Off(O::Crashed), Some(R::Crashed)),
             (record(R::On, true), S::ShutDown, P::Off(O::ByAgent), Some(R::OffByAgent)),
             (record(R::On, true), S::Died, P::Off(O::ByAgent), Some(R::OffByAgent)),
+            (record(R::On, false), S::Moved, P::Off(O::Moved), Some(R::Moved)),
+            (record(R::On, true), S::Moved, P::Off(O::Moved), Some(R::Moved)),
+            (record(R::Moved, false), S::Off, P::Off(O::Moved), None),
+            (record(R::OffByAgent, true), S::Moved, P::Off(O::ByAgent), None),
             // libvirtd restarted and forgot why.
             (record(R::OffByGuest, false), S::Off, P::Off(O::ByGuest), None),
             (record(R::OffByAgent, true), S::Off, P::Off(O::ByAgent), None),

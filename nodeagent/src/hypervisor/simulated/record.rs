@@ -34,6 +34,9 @@ pub struct SimGuest {
     /// It heard the power button and will be off then.
     pub off_at_nanos: Option<u64>,
     pub ignores_button: bool,
+    /// Made for a guest that will come from another host, and not handed over to this one yet.
+    #[serde(default)]
+    pub expected: bool,
     /// The start of the machine under which it runs: after another one, nothing of before runs on.
     pub boot: String,
 }
@@ -44,6 +47,9 @@ pub enum Power {
     Made,
     On,
     Suspended,
+    /// It is on its way to here from another host.
+    Arriving,
+    Arrived,
     Off(Why),
 }
 
@@ -52,6 +58,7 @@ pub enum Why {
     ByGuest,
     ByAgent,
     Crashed,
+    Moved,
     Unknown,
 }
 
@@ -69,12 +76,18 @@ impl SimGuest {
             on_since_nanos: 0,
             off_at_nanos: None,
             ignores_button: false,
+            expected: false,
             boot: boot_id(),
         }
     }
 
     pub fn is_on(&self) -> bool {
         matches!(self.power, Power::On | Power::Suspended)
+    }
+
+    /// It is on its way, or here and not handed over.
+    pub fn is_coming(&self) -> bool {
+        matches!(self.power, Power::Arriving | Power::Arrived)
     }
 
     /// Size and name may have changed since the last time.
@@ -133,6 +146,7 @@ impl From<OffReason> for Why {
             OffReason::ByGuest => Self::ByGuest,
             OffReason::ByAgent => Self::ByAgent,
             OffReason::Crashed => Self::Crashed,
+            OffReason::Moved => Self::Moved,
             OffReason::Unknown => Self::Unknown,
         }
     }
@@ -144,6 +158,7 @@ impl From<Why> for OffReason {
             Why::ByGuest => Self::ByGuest,
             Why::ByAgent => Self::ByAgent,
             Why::Crashed => Self::Crashed,
+            Why::Moved => Self::Moved,
             Why::Unknown => Self::Unknown,
         }
     }

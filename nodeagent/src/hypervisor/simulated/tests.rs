@@ -5,7 +5,7 @@ use std::fs;
 use model::ImageFormat;
 
 use super::*;
-use crate::hypervisor::contract::{Subject, run};
+use crate::hypervisor::contract::{Subject, migration, run};
 
 fn config(dir: &std::path::Path) -> SimulatedConfig {
     SimulatedConfig {
@@ -61,6 +61,34 @@ fn the_simulation_keeps_the_contract() {
     assert!(lines.is_sorted_by_key(|line| line["time_ns"].as_u64().unwrap()), "one clock: {effects}");
     for kind in ["start", "suspend", "resume", "stop", "remove"] {
         assert!(lines.iter().any(|line| line["effect"] == kind), "no {kind} in {effects}");
+    }
+}
+
+#[test]
+fn simulated_guests_move_as_the_contract_says() {
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let effects = Some(one.path().join("effects"));
+    let open = |dir: &std::path::Path, host: &str| {
+        Simulated::open(SimulatedConfig { host: host.into(), effects: effects.clone(), ..config(dir) }).unwrap()
+    };
+    let route = Route::new(one.path(), VmId(17));
+    migration::run(&migration::Pair {
+        source: migration::Side { open: &|| Box::new(open(one.path(), "node-1")), spec: &spec },
+        destination: migration::Side { open: &|| Box::new(open(two.path(), "node-2")), spec: &spec },
+        vm: VmId(17),
+        to_destination: &route,
+        to_source: &route,
+    });
+    // Never on at two hosts, in the order in which it happened.
+    let effects = fs::read_to_string(effects.unwrap()).unwrap();
+    let mut on = std::collections::BTreeSet::new();
+    for line in effects.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()) {
+        let host = line["host"].as_str().unwrap().to_owned();
+        match line["effect"].as_str().unwrap() {
+            "start" | "resume" => drop(on.insert(host)),
+            _ => drop(on.remove(&host)),
+        }
+        assert!(on.len() <= 1, "{effects}");
     }
 }
 
