@@ -6,6 +6,7 @@
 //!      └──────── outbox ◄───────┘   └── view ──► beats (UDP, to every controller)
 //!   data server: images and consoles, for controllers and other agents
 //!   samplers: load of the host, use of the guests, a summary every two minutes
+//!   supervisor: keeps a guard at work, a process of its own that outlives this one
 //! ```
 //!
 //! Each part is a task of its own, so that none waits for another's disk. The end of one ends the agent; its guests
@@ -32,7 +33,7 @@ use tokio::{
     net::TcpListener,
     sync::watch,
     task::{JoinError, JoinSet, spawn_blocking},
-    time::{MissedTickBehavior, interval},
+    time::{MissedTickBehavior, interval, sleep},
 };
 use tonic::transport::{Server, server::TcpIncoming};
 
@@ -41,12 +42,14 @@ use crate::{
     clock,
     data::DataService,
     executor::Executor,
+    guard::supervisor::{GuardProgram, Supervisor},
     host::Host,
     hypervisor::{
         Hypervisor,
         simulated::{Simulated, SimulatedConfig},
     },
     journal::Journal,
+    lease::Leases,
     membership::{DataDir, Membership},
     network::{Network, linux::LinuxNetwork, simulated::SimulatedNetwork},
     outbox::Outbox,
@@ -60,6 +63,8 @@ pub const DEFAULT_IMAGE_RESERVE_BYTES: u64 = 1 << 30;
 /// As long as a quorum may need to find a leader, several times over.
 const JOIN_DEADLINE: Duration = Duration::from_secs(30);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(5);
+/// How often simulated guests are held to what they may.
+const GLANCE: Duration = Duration::from_millis(100);
 /// Partial transfers that nobody took up again for so long are deleted.
 const SWEEP_IDLE: Duration = Duration::from_secs(3600);
 /// The largest message of a transfer: chunks are a fraction of it.
@@ -87,7 +92,7 @@ pub struct AgentConfig {
 #[derive(Clone, Debug)]
 pub enum HypervisorChoice {
     /// Guests by libvirt at `uri`, networks in the kernel. `limit`: offer at most this much.
-    Libvirt { uri: String, limit: Option<Capacity> },
+    Libvirt { uri: String, limit: Option<Capacity>, guard: GuardProgram },
     /// Guests and networks on paper only. Thousandths: see `SimulatedConfig`.
     Simulated { capacity: Capacity, delay_permille: u64, failure_permille: u64, seed: u64, effects: Option<PathBuf> },
 }
@@ -144,6 +149,7 @@ pub async fn run_in(
     images.sweep(SWEEP_IDLE)?;
     let journal = Journal::open(&dir.path).context("the journal cannot be read")?;
     let known = dir.controllers()?;
+    let leases = Arc::new(Leases::open(&dir.path).context("the page of the guard cannot be used")?);
     let view = Arc::new(View::default());
     let host = Arc::new(Host {
         cluster: member.cluster.clone(),
@@ -154,6 +160,7 @@ pub async fn run_in(
         network,
         images,
         view: view.clone(),
+        leases: leases.clone(),
     });
     let outbox = Arc::new(Outbox::default());
     let heard = Heard {
@@ -176,6 +183,7 @@ pub async fn run_in(
         node: member.node,
         key: member.beat_key,
         view,
+        leases: leases.clone(),
         incarnation: heard.incarnation.subscribe(),
         targets: heard.beat_targets.subscribe(),
     };
@@ -195,6 +203,13 @@ pub async fn run_in(
     parts.spawn(remember_controllers(dir, heard.beat_targets.subscribe()));
     parts.spawn(sample_node(host.clone(), outbox));
     parts.spawn(sample_guests(host.clone()));
+    match config.hypervisor {
+        HypervisorChoice::Libvirt { guard, .. } => {
+            let supervisor = Supervisor::new(config.data, guard, leases);
+            parts.spawn(async move { supervisor.keep().await.context("the guard cannot be supervised") })
+        }
+        HypervisorChoice::Simulated { .. } => parts.spawn(guard_within(host.clone())),
+    };
     parts.spawn(serve_data(host, listener));
     tokio::select! {
         () = shutdown => Ok(()),
@@ -229,7 +244,7 @@ pub async fn serve_data(host: Arc<Host>, listener: TcpListener) -> Result<()> {
 
 async fn open_world(config: &AgentConfig, member: &Membership) -> Result<(Arc<dyn Hypervisor>, Arc<dyn Network>)> {
     match &config.hypervisor {
-        HypervisorChoice::Libvirt { uri, limit } => open_libvirt(config, member, uri.clone(), *limit).await,
+        HypervisorChoice::Libvirt { uri, limit, .. } => open_libvirt(config, member, uri.clone(), *limit).await,
         HypervisorChoice::Simulated { capacity, delay_permille, failure_permille, seed, effects } => {
             let simulated = SimulatedConfig {
                 dir: config.data.clone(),
@@ -279,6 +294,18 @@ async fn remember_controllers(dir: DataDir, mut targets: watch::Receiver<Vec<Str
         }
     }
     Ok(())
+}
+
+/// Guests on paper are no processes, and end with this one's word: no guard of its own could stop them.
+async fn guard_within(host: Arc<Host>) -> Result<()> {
+    loop {
+        let (permit, now) = (host.leases.permit(), clock::boottime_nanos());
+        host.leases.page().write_sign(std::process::id(), now, 0);
+        let left = permit.until.checked_sub(now).map_or(GLANCE, Duration::from_nanos);
+        let hypervisor = host.hypervisor.clone();
+        spawn_blocking(move || hypervisor.enforce(&permit, now)).await??;
+        sleep(left.min(GLANCE)).await;
+    }
 }
 
 async fn sample_node(host: Arc<Host>, outbox: Arc<Outbox>) -> Result<()> {

@@ -2,26 +2,31 @@
 //! more often while a machine is being created.
 //!
 //! Every controller is told, so that a new leader is warm. Controllers answer with a nonce that only the next beat
-//! can repeat. Deliberately not here: what follows from silence; the quorum decides that.
+//! can repeat; a leader's answer may carry a grant, by which the host's lease is counted from the *send* of that beat.
+//! Deliberately not here: what follows from silence; the quorum decides that.
 
 use std::{
+    collections::VecDeque,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 
-use api::beat::{Beat, BeatKey, MAX_DATAGRAM_BYTES, StatusPart, decode_ack, encode, split_status};
-use model::NodeId;
+use api::beat::{Ack, Beat, BeatKey, MAX_DATAGRAM_BYTES, StatusPart, decode_ack, encode, split_status};
+use model::{
+    NodeId,
+    lease::{BEAT_NANOS, LEASE_NANOS},
+};
 use tokio::{
     net::{UdpSocket, lookup_host},
     sync::watch,
     time::{MissedTickBehavior, interval, timeout},
 };
 
-use crate::{clock, view::View};
+use crate::{clock, lease::Leases, view::View};
 
-const PERIOD: Duration = Duration::from_millis(500);
+const PERIOD: Duration = Duration::from_nanos(BEAT_NANOS);
 const STATUS_PERIOD_MILLIS: u64 = 5_000;
 /// Addresses are usually numbers; a name server that hangs must not hold the beats.
 const LOOKUP_TIMEOUT: Duration = Duration::from_millis(300);
@@ -29,11 +34,15 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_millis(300);
 const ALERT_MILLIS: u64 = 5_000;
 /// Quorums have at most seven members; more targets than this are a mistake, and would be a flood.
 const MOST_TARGETS: usize = 16;
+/// Beats whose answer could still be worth something. A lease is ten ticks; each sends a datagram for every dozen
+/// machines or so, and a host that sends more than fits gets its grant by the last ones.
+const MOST_SENT: usize = 1024;
 
 pub struct Beats {
     pub node: NodeId,
     pub key: BeatKey,
     pub view: Arc<View>,
+    pub leases: Arc<Leases>,
     pub incarnation: watch::Receiver<u64>,
     pub targets: watch::Receiver<Vec<String>>,
 }
@@ -45,6 +54,15 @@ struct Target {
     answered: u64,
     /// When the last such answer came, or when it was first beaten to.
     answered_at: u64,
+    sent: VecDeque<Sent>,
+}
+
+/// A beat as this process sent it to one controller: an answer is believed by this, not by what it repeats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sent {
+    seq: u64,
+    at: u64,
+    incarnation: u64,
 }
 
 struct Sockets {
@@ -66,8 +84,11 @@ impl Beats {
         let (mut seq, mut status_at, mut names) = (0, 0, Vec::new());
         let mut contact = Contact { heard_at: clock::boottime_millis(), lost: false };
         let mut buffer = [0; MAX_DATAGRAM_BYTES + 1];
+        let mut incarnation = self.incarnation.clone();
         loop {
             tokio::select! {
+                // A lease of the new incarnation begins with the first beat that carries it.
+                Ok(()) = incarnation.changed() => tick.reset_immediately(),
                 _ = tick.tick() => {
                     // Cloned so that no lock is held while names are looked up.
                     let wanted = self.targets.borrow_and_update().clone();
@@ -79,7 +100,7 @@ impl Beats {
                     let parts = self.parts(&mut status_at);
                     for part in parts {
                         seq += 1;
-                        self.send(&sockets, &targets, seq, &part).await;
+                        self.send(&sockets, &mut targets, seq, &part).await;
                     }
                 }
                 (length, from) = sockets.receive(&mut buffer) => {
@@ -104,13 +125,15 @@ impl Beats {
         }
     }
 
-    async fn send(&self, sockets: &Sockets, targets: &[Target], seq: u64, status: &Option<StatusPart>) {
+    async fn send(&self, sockets: &Sockets, targets: &mut [Target], seq: u64, status: &Option<StatusPart>) {
         for target in targets {
+            let sent = Sent { seq, at: clock::boottime_nanos(), incarnation: *self.incarnation.borrow() };
+            target.note(sent);
             let beat = Beat {
                 node: self.node,
-                incarnation: *self.incarnation.borrow(),
+                incarnation: sent.incarnation,
                 seq,
-                boottime_nanos: clock::boottime_nanos(),
+                boottime_nanos: sent.at,
                 nonce: target.nonce,
                 unanswered_millis: clock::boottime_millis().saturating_sub(target.answered_at),
                 status: status.clone(),
@@ -129,11 +152,40 @@ impl Beats {
     fn hear(&self, datagram: &[u8], from: SocketAddr, last_seq: u64, targets: &mut [Target]) -> bool {
         let Ok(ack) = decode_ack(datagram, &self.key) else { return false };
         let Some(target) = targets.iter_mut().find(|target| same_host(target.address, from)) else { return false };
-        let answers = ack.node == self.node && (target.answered + 1..=last_seq).contains(&ack.seq);
+        if ack.node != self.node {
+            return false;
+        }
+        if let Some((incarnation, until)) = target.granted(&ack, *self.incarnation.borrow()) {
+            self.leases.granted(incarnation, until);
+        }
+        let answers = (target.answered + 1..=last_seq).contains(&ack.seq);
         if answers {
             (target.nonce, target.answered, target.answered_at) = (ack.nonce, ack.seq, clock::boottime_millis());
         }
         answers
+    }
+}
+
+impl Target {
+    fn new(address: SocketAddr) -> Self {
+        Self { address, nonce: 0, answered: 0, answered_at: clock::boottime_millis(), sent: VecDeque::new() }
+    }
+
+    fn note(&mut self, sent: Sent) {
+        while self.sent.len() >= MOST_SENT
+            || self.sent.front().is_some_and(|old| sent.at.saturating_sub(old.at) > LEASE_NANOS)
+        {
+            self.sent.pop_front();
+        }
+        self.sent.push_back(sent);
+    }
+
+    /// The incarnation and the end of the lease that an answer grants: it must repeat exactly a beat that this process
+    /// sent to that controller, in the incarnation that the host still has.
+    fn granted(&self, ack: &Ack, current: u64) -> Option<(u64, u64)> {
+        let grant = ack.grant?;
+        let sent = self.sent.iter().find(|sent| (sent.seq, sent.at) == (ack.seq, ack.boottime_nanos))?;
+        (sent.incarnation == current).then(|| (current, grant.until(sent.at)))
     }
 }
 
@@ -193,7 +245,7 @@ impl Sockets {
 }
 
 /// Addresses for names; what is known of a controller that stays is kept.
-async fn resolve(names: &[String], known: Vec<Target>) -> Vec<Target> {
+async fn resolve(names: &[String], mut known: Vec<Target>) -> Vec<Target> {
     let mut targets: Vec<Target> = Vec::new();
     for name in names.iter().filter(|name| !name.starts_with("unix:")).take(MOST_TARGETS) {
         let address = match name.parse() {
@@ -208,11 +260,8 @@ async fn resolve(names: &[String], known: Vec<Target>) -> Vec<Target> {
             continue;
         };
         if targets.iter().all(|target| target.address != address) {
-            let old = known.iter().find(|target| target.address == address);
-            let fresh = || (0, 0, clock::boottime_millis());
-            let (nonce, answered, answered_at) =
-                old.map_or_else(fresh, |old| (old.nonce, old.answered, old.answered_at));
-            targets.push(Target { address, nonce, answered, answered_at });
+            let old = known.iter().position(|target| target.address == address);
+            targets.push(old.map_or_else(|| Target::new(address), |old| known.swap_remove(old)));
         }
     }
     targets
@@ -220,4 +269,27 @@ async fn resolve(names: &[String], known: Vec<Target>) -> Vec<Target> {
 
 fn same_host(a: SocketAddr, b: SocketAddr) -> bool {
     a.port() == b.port() && a.ip().to_canonical() == b.ip().to_canonical()
+}
+
+#[cfg(test)]
+mod tests {
+    use model::lease::Grant;
+
+    use super::*;
+
+    #[test]
+    fn an_answer_grants_by_what_was_sent_and_not_by_what_it_says() {
+        let mut target = Target::new(SocketAddr::from(([127, 0, 0, 1], 7470)));
+        target.note(Sent { seq: 1, at: 1000, incarnation: 4 });
+        target.note(Sent { seq: 2, at: 2000, incarnation: 5 });
+        let grant = Some(Grant { age_nanos: 7 });
+        let ack = |seq, boottime_nanos| Ack { node: NodeId(1), seq, nonce: 9, boottime_nanos, leader: true, grant };
+        assert_eq!(target.granted(&ack(2, 2000), 5), Some((5, 2000 + LEASE_NANOS - 7)), "from the send, less the age");
+        assert_eq!(target.granted(&ack(1, 1000), 5), None, "of an incarnation that the host no longer has");
+        assert_eq!(target.granted(&ack(2, 9000), 5), None, "a time that was never sent");
+        assert_eq!(target.granted(&ack(3, 2000), 5), None, "a beat that was never sent");
+        assert_eq!(target.granted(&Ack { grant: None, ..ack(2, 2000) }, 5), None, "no grant");
+        target.note(Sent { seq: 3, at: 2001 + LEASE_NANOS, incarnation: 5 });
+        assert_eq!(target.sent.len(), 1, "answers to older ones would grant nothing any more");
+    }
 }

@@ -162,7 +162,9 @@ impl Executor {
         self.told_images.retain(|digest, _| wished.contains(digest));
         self.seen =
             Seen { generation: new.generation, epochs: new.vms.iter().map(|wish| (wish.vm, wish.epoch)).collect() };
-        self.save()
+        self.save()?;
+        self.host.leases.assigned(&new);
+        Ok(())
     }
 
     /// It is asked for anew: what failed before does not count against it.
@@ -199,6 +201,7 @@ impl Executor {
             pinned_images: look.pinned_images,
             ..Observed::default()
         };
+        self.host.leases.found(&found.guests);
         self.tidy(&found);
         self.lend(&mut found);
         self.host.view.set_machines(Some(observe::machines(assignment.as_deref(), &found)));

@@ -6,7 +6,7 @@ use api::tls::Identity;
 use model::NodeId;
 use storage::images::ImageStore;
 
-use crate::{hypervisor::Hypervisor, network::Network, view::View};
+use crate::{hypervisor::Hypervisor, lease::Leases, network::Network, view::View};
 
 pub struct Host {
     pub cluster: String,
@@ -18,4 +18,5 @@ pub struct Host {
     pub network: Arc<dyn Network>,
     pub images: ImageStore,
     pub view: Arc<View>,
+    pub leases: Arc<Leases>,
 }

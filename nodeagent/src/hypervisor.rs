@@ -7,6 +7,7 @@ use std::{collections::BTreeSet, path::PathBuf};
 
 use model::{Capacity, HypervisorKind, ImageFormat, Mac, NetworkId, VmId, telemetry::NodeStatus};
 
+use crate::lease::Permit;
 use job::Job;
 use migration::{Destination, Route};
 
@@ -187,6 +188,11 @@ pub trait Hypervisor: Send + Sync {
     /// Switch off and undefine a guest that nobody wants here, and move its disk aside, kept and listed by the host:
     /// its data may be the only copy. (`guest_dir::GuestDirs::quarantined` lists them.)
     fn quarantine(&self, vm: VmId) -> Result<()>;
+    /// Stops what may not run, and lets go on what was stopped so and may. Only for guests that are no processes: a real
+    /// one is stopped by the guard, behind the hypervisor's back, and still counts as running.
+    fn enforce(&self, _permit: &Permit, _boottime_nanos: u64) -> Result<()> {
+        Ok(())
+    }
     /// The end of the serial console's log; empty when there is none.
     fn console_log(&self, vm: VmId, max_bytes: usize) -> Result<Vec<u8>>;
 }

@@ -5,6 +5,7 @@
 //! DATA/identity.pem       private key and certificates; the membership counts only with it
 //! DATA/controllers.json   the controllers as the quorum last named them
 //! DATA/journal.json       see `journal`
+//! DATA/guard.page         see `lease::page`
 //! DATA/images/  DATA/vms/  DATA/quarantine/
 //! ```
 
@@ -65,6 +66,15 @@ struct Record {
     beat_key: [u8; 32],
 }
 
+/// Of which cloud the directory's owner is a member; also while an agent holds the directory.
+///
+/// # Errors
+/// `NotJoined`, or what is there cannot be read.
+pub fn cluster_of(data: &Path) -> Result<String, MembershipError> {
+    let record: Option<Record> = read(data, "member.json")?;
+    record.map(|record| record.cluster).ok_or_else(|| MembershipError::NotJoined(data.to_owned()))
+}
+
 /// The data directory, held by this process until it ends.
 pub struct DataDir {
     pub path: PathBuf,
@@ -103,7 +113,7 @@ impl DataDir {
     pub fn membership(&self) -> Result<Membership, MembershipError> {
         let missing = || MembershipError::NotJoined(self.path.clone());
         let identity = Identity::load(&self.path)?.ok_or_else(missing)?;
-        let Record { cluster, node, name, address, beat_key } = self.read("member.json")?.ok_or_else(missing)?;
+        let Record { cluster, node, name, address, beat_key } = read(&self.path, "member.json")?.ok_or_else(missing)?;
         Ok(Membership { cluster, node, name, address, beat_key: BeatKey(beat_key), identity })
     }
 
@@ -128,7 +138,7 @@ impl DataDir {
     /// # Errors
     /// When the file cannot be read.
     pub fn controllers(&self) -> Result<Vec<String>, MembershipError> {
-        Ok(self.read("controllers.json")?.unwrap_or_default())
+        Ok(read(&self.path, "controllers.json")?.unwrap_or_default())
     }
 
     /// # Errors
@@ -137,19 +147,19 @@ impl DataDir {
         self.write("controllers.json", &controllers)
     }
 
-    fn read<T: for<'a> Deserialize<'a>>(&self, name: &str) -> Result<Option<T>, MembershipError> {
-        let path = self.path.join(name);
-        let bytes = durable::read(&path).map_err(|source| MembershipError::Disk { path: path.clone(), source })?;
-        let parse = |bytes: Vec<u8>| serde_json::from_slice(&bytes);
-        bytes.map(parse).transpose().map_err(|error| MembershipError::Malformed { path, why: error.to_string() })
-    }
-
     fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<(), MembershipError> {
         let path = self.path.join(name);
         let bytes = serde_json::to_vec(value)
             .map_err(|error| MembershipError::Malformed { path: path.clone(), why: error.to_string() })?;
         durable::replace(&path, &bytes).map_err(|source| MembershipError::Disk { path, source })
     }
+}
+
+fn read<T: for<'a> Deserialize<'a>>(data: &Path, name: &str) -> Result<Option<T>, MembershipError> {
+    let path = data.join(name);
+    let bytes = durable::read(&path).map_err(|source| MembershipError::Disk { path: path.clone(), source })?;
+    let parse = |bytes: Vec<u8>| serde_json::from_slice(&bytes);
+    bytes.map(parse).transpose().map_err(|error| MembershipError::Malformed { path, why: error.to_string() })
 }
 
 #[cfg(test)]

@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use api::Capacity;
 use clap::{Args, Subcommand, ValueEnum};
-use nodeagent::agent::{self, AgentConfig, DEFAULT_IMAGE_RESERVE_BYTES, HypervisorChoice};
+use nodeagent::{
+    agent::{self, AgentConfig, DEFAULT_IMAGE_RESERVE_BYTES, HypervisorChoice},
+    guard::{self, GuardConfig, supervisor::GuardProgram},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -37,6 +40,16 @@ pub enum AgentCommand {
         /// One-time token that 'trefoil quorum token --role agent' printed, or @FILE
         #[arg(long, value_name = "TOKEN")]
         token: String,
+    },
+    /// Stops guests that must not run twice when the host's lease ends; the agent starts it
+    #[command(after_help = "Example:\n  trefoil agent guard --data /var/lib/trefoil/agent")]
+    Guard {
+        /// The agent's directory
+        #[arg(long, value_name = "DIRECTORY")]
+        data: PathBuf,
+        /// Watchdog device to feed while all is well; without its food it resets the machine
+        #[arg(long, value_name = "DEVICE")]
+        watchdog: Option<PathBuf>,
     },
     /// Runs the agent until it is asked to end; its guests run on
     #[command(after_help = "Example:\n  trefoil agent run --data /var/lib/trefoil/agent")]
@@ -86,6 +99,9 @@ pub struct HostSettings {
     /// Offer so much disk [default: what the host has; simulated: 1TiB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     disk: Option<u64>,
+    /// Watchdog device that the guard feeds, such as /dev/watchdog; without its food it resets the machine
+    #[arg(long, value_name = "DEVICE")]
+    watchdog: Option<PathBuf>,
     /// Disk that images leave free [default: 1GiB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     image_reserve: Option<u64>,
@@ -118,7 +134,7 @@ const FILE: &str = "agent.toml";
 
 impl AgentCommand {
     pub fn is_server(&self) -> bool {
-        matches!(self, Self::Run { .. })
+        matches!(self, Self::Run { .. } | Self::Guard { .. })
     }
 
     pub fn logs_json(&self) -> bool {
@@ -131,6 +147,10 @@ impl AgentCommand {
 pub async fn run(command: AgentCommand, format: Format) -> Result<()> {
     match command {
         AgentCommand::Join { host, name, token } => join(host, name, &token, format).await,
+        AgentCommand::Guard { data, watchdog } => {
+            // It keeps threads of its own and returns when its directory is gone.
+            Ok(tokio::task::block_in_place(|| guard::run(&GuardConfig { data, watchdog }))?)
+        }
         AgentCommand::Run { host, .. } => {
             let settings = host.settings.over(load(&host.data)?);
             agent::run(settings.config(host.data)?, asked_to_end()?).await
@@ -163,6 +183,7 @@ impl HostSettings {
             vcpus: self.vcpus.or(file.vcpus),
             memory: self.memory.or(file.memory),
             disk: self.disk.or(file.disk),
+            watchdog: self.watchdog.or(file.watchdog),
             image_reserve: self.image_reserve.or(file.image_reserve),
             simulated_delay: self.simulated_delay.or(file.simulated_delay),
             simulated_failure: self.simulated_failure.or(file.simulated_failure),
@@ -176,6 +197,7 @@ impl HostSettings {
             HypervisorName::Libvirt => HypervisorChoice::Libvirt {
                 uri: self.libvirt_uri.clone().unwrap_or("qemu:///system".into()),
                 limit: self.limit()?,
+                guard: GuardProgram { program: std::env::current_exe()?, watchdog: self.watchdog.clone() },
             },
             HypervisorName::Simulated => HypervisorChoice::Simulated {
                 capacity: self.capacity_or(SIMULATED),

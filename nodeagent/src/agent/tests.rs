@@ -230,6 +230,7 @@ async fn other_host(ca: &CertificateAuthority, dir: &std::path::Path, bytes: Opt
         network: Arc::new(SimulatedNetwork::new()),
         images,
         view: Arc::default(),
+        leases: Arc::new(Leases::open(dir).unwrap()),
     });
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();

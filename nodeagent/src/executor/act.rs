@@ -48,6 +48,7 @@ pub async fn act(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Re
 }
 
 async fn perform(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Result<(), Fault> {
+    check_lease(&host, &assignment, &step)?;
     match step {
         Step::FetchImage(image) => fetch(&host, image).await,
         Step::DropImage(digest) => {
@@ -71,6 +72,18 @@ async fn perform(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Re
         // The executor delivers these itself.
         Step::Report(_) | Step::ReportImage(_) => Ok(()),
     }
+}
+
+/// A guest that may not run is neither started nor spoken to: the guard has stopped its process, or is about to, and
+/// libvirt would wait for an answer. It may still be switched off and set aside.
+fn check_lease(host: &Host, assignment: &Assignment, step: &Step) -> Result<(), Fault> {
+    let (Step::Start { vm, .. } | Step::Suspend(vm) | Step::Resume(vm) | Step::PressPower(vm) | Step::Reset { vm, .. }) =
+        step
+    else {
+        return Ok(());
+    };
+    let Some(wish) = assignment.vms.iter().find(|wish| wish.vm == *vm) else { return Ok(()) };
+    host.leases.may_run(wish).map_err(|why| fault(FaultKind::NotNow, why))
 }
 
 async fn fetch(host: &Host, image: ImageWish) -> Result<(), Fault> {

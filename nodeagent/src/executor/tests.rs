@@ -27,6 +27,7 @@ use crate::{
         migration::{Destination, Route},
         simulated::{Simulated, SimulatedConfig},
     },
+    lease::Leases,
     network::{Network, simulated::SimulatedNetwork},
     view::View,
 };
@@ -151,6 +152,7 @@ struct World {
     hypervisor: Arc<Moody>,
     network: Arc<SimulatedNetwork>,
     view: Arc<View>,
+    leases: Arc<Leases>,
     assignment: watch::Sender<Option<Arc<Assignment>>>,
     incarnation: watch::Sender<u64>,
     reports: Arc<Mutex<Vec<VmReport>>>,
@@ -182,6 +184,7 @@ impl World {
         }
         let mut world = Self {
             hypervisor: hypervisor(dir.path()),
+            leases: Arc::new(Leases::open(dir.path()).unwrap()),
             dir,
             network: Arc::default(),
             view: Arc::default(),
@@ -205,6 +208,7 @@ impl World {
             network: self.network.clone(),
             images: ImageStore::open(self.dir.path(), 0).unwrap(),
             view: self.view.clone(),
+            leases: self.leases.clone(),
         });
         self.view.set_node(NodeStatus::default());
         let outbox = Arc::new(Outbox::default());

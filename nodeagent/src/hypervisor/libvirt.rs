@@ -9,6 +9,7 @@ use std::{
     collections::BTreeSet,
     path::PathBuf,
     sync::{Mutex, MutexGuard, OnceLock},
+    time::Duration,
 };
 
 use model::{Capacity, HypervisorKind, VmId, telemetry::NodeStatus};
@@ -20,6 +21,7 @@ use super::{
     guest_dir::{GuestDirs, write_whole},
     job::Job,
     migration::{Destination, Route},
+    qemu_process,
     seed::seed_image,
 };
 
@@ -37,6 +39,9 @@ mod usage;
 use connection::{Connection, is_missing};
 use handle::Handle;
 use power::{Record, Remembered, Seen};
+
+/// A killed process is gone when the kernel has freed its memory: a third of a second for 2 GB.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug)]
 pub struct LibvirtConfig {
@@ -211,10 +216,26 @@ impl Libvirt {
     fn abolish(&self, vm: VmId, folder: impl FnOnce(&GuestDirs) -> Result<()>) -> Result<()> {
         let domain = self.domain(vm)?;
         if let Some(domain) = &domain {
+            self.end_if_stopped(vm);
             domain.destroy()?;
         }
         folder(&self.dirs)?;
         domain.map_or(Ok(()), |domain| domain.undefine())
+    }
+
+    /// A process that the guard has stopped does not hear that it should end: libvirt would wait for it, and for every
+    /// call that waits for an answer of it already.
+    fn end_if_stopped(&self, vm: VmId) {
+        let found = qemu_process::find_all(&self.cluster, self.dirs.root()).unwrap_or_else(|error| {
+            tracing::warn!(%error, "guests' processes cannot be looked for");
+            Vec::new()
+        });
+        for process in found.iter().filter(|process| process.vm == vm && process.is_paused().unwrap_or(false)) {
+            match process.kill() {
+                Ok(()) => drop(process.ended_within(KILL_PATIENCE)),
+                Err(error) => tracing::warn!(%vm, %error, "a stopped guest cannot be ended"),
+            }
+        }
     }
 
     fn define(&self, spec: &GuestSpec) -> Result<Handle<'_>> {
@@ -386,6 +407,7 @@ impl Hypervisor for Libvirt {
             return Ok(());
         }
         self.amend(vm, |record| record.stopping = true)?;
+        self.end_if_stopped(vm);
         domain.destroy()
     }
 

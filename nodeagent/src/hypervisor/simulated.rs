@@ -22,6 +22,7 @@ use super::{
     job::Job,
     migration::{Destination, Route},
 };
+use crate::lease::{Permit, Verdict};
 
 mod backup;
 mod control;
@@ -389,6 +390,23 @@ impl Hypervisor for Simulated {
 
     fn cancel_migration(&self, vm: VmId) -> Result<()> {
         migration::cancel(self, vm)
+    }
+
+    fn enforce(&self, permit: &Permit, boottime_nanos: u64) -> Result<()> {
+        let mut state = self.lock();
+        for guest in state.guests.values_mut().filter(|guest| guest.is_on()) {
+            let held = match permit.verdict(guest.vm, Some(guest.epoch), boottime_nanos) {
+                Verdict::Stop => true,
+                Verdict::Run => false,
+                Verdict::Leave => continue,
+            };
+            if held != guest.held {
+                guest.held = held;
+                self.effects.append(guest, if held { Effect::Pause } else { Effect::Continue });
+                self.dirs.write(guest.vm, guest)?;
+            }
+        }
+        Ok(())
     }
 
     fn console_log(&self, vm: VmId, max_bytes: usize) -> Result<Vec<u8>> {

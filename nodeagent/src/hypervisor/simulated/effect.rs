@@ -18,6 +18,10 @@ pub enum Effect {
     Suspend,
     Resume,
     Remove,
+    /// Stopped because it may not run.
+    Pause,
+    /// It may again.
+    Continue,
 }
 
 pub struct EffectLog {

@@ -37,6 +37,9 @@ pub struct SimGuest {
     /// Made for a guest that will come from another host, and not handed over to this one yet.
     #[serde(default)]
     pub expected: bool,
+    /// Stopped because it may not run, as a process that got SIGSTOP: it still counts as on.
+    #[serde(default)]
+    pub held: bool,
     /// The start of the machine under which it runs: after another one, nothing of before runs on.
     pub boot: String,
 }
@@ -77,6 +80,7 @@ impl SimGuest {
             off_at_nanos: None,
             ignores_button: false,
             expected: false,
+            held: false,
             boot: boot_id(),
         }
     }

@@ -67,9 +67,9 @@ fn the_simulation_keeps_the_contract() {
 #[test]
 fn simulated_guests_move_as_the_contract_says() {
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let effects = Some(one.path().join("effects"));
+    let effects = one.path().join("effects");
     let open = |dir: &std::path::Path, host: &str| {
-        Simulated::open(SimulatedConfig { host: host.into(), effects: effects.clone(), ..config(dir) }).unwrap()
+        Simulated::open(SimulatedConfig { host: host.into(), effects: Some(effects.clone()), ..config(dir) }).unwrap()
     };
     let route = Route::new(one.path(), VmId(17));
     migration::run(&migration::Pair {
@@ -80,7 +80,7 @@ fn simulated_guests_move_as_the_contract_says() {
         to_source: &route,
     });
     // Never on at two hosts, in the order in which it happened.
-    let effects = fs::read_to_string(effects.unwrap()).unwrap();
+    let effects = fs::read_to_string(&effects).unwrap();
     let mut on = std::collections::BTreeSet::new();
     for line in effects.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()) {
         let host = line["host"].as_str().unwrap().to_owned();
