@@ -6,7 +6,7 @@
 //!      ┌─┴────────┴─┐
 //!      │ bridge tfb5│   nft table trefoil_5: no DHCP and nothing of the gateway's crosses tfx5
 //!      └─────┬──────┘
-//!           tfx5        VXLAN 5, one flood entry a peer host
+//!           tfx5        VXLAN 5, one flood entry a peer host; packets of other hosts are dropped
 //! ```
 //!
 //! Each part looks before it mends, so a second `ensure` touches nothing. Everything lives in the kernel and under
@@ -63,9 +63,9 @@ impl LinuxNetwork {
     async fn make(&self, wish: &NetworkWish, local: IpAddr) -> Result<()> {
         let names = Names::of(wish.vni);
         segment::Bridge { netlink: &self.netlink, names: &names, mtu: self.mtu }.ensure().await?;
-        segment::Tunnel { netlink: &self.netlink, names: &names, mtu: self.mtu, local, wish }.ensure().await?;
-        // Before the gateway is there, so that not one packet of it crosses the tunnel.
+        // Before the tunnel is there, so that not one packet crosses it that must not.
         guard::ensure(&names, wish).await?;
+        segment::Tunnel { netlink: &self.netlink, names: &names, mtu: self.mtu, local, wish }.ensure().await?;
         let inside = gateway::Gateway { netlink: &self.netlink, names: &names, mtu: self.mtu, wish }.ensure().await?;
         dhcp::Server { names: &names, mtu: self.mtu, wish }.ensure(&inside).await?;
         segment::adopt_taps(&self.netlink, &names, wish).await

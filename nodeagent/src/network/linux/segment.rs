@@ -16,7 +16,7 @@ use super::{
 };
 
 /// The port that IANA gave to VXLAN.
-const VXLAN_PORT: u16 = 4789;
+pub const VXLAN_PORT: u16 = 4789;
 
 pub struct Bridge<'a> {
     pub netlink: &'a Netlink,

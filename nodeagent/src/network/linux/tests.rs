@@ -90,6 +90,7 @@ fn what_is_broken_by_hand_is_mended_with_the_guests_plugged_in() {
         ("gateway's address", "ip -n tf-7 address flush dev eth0"),
         ("namespace", "ip netns delete tf-7"),
         ("rules", "nft delete table bridge trefoil_7"),
+        ("rules for peers", "nft delete table inet trefoil_7"),
         ("dhcp server", "kill -9 $(cat /run/trefoil/network/7/pid); while kill -0 $(cat /run/trefoil/network/7/pid) 2>/dev/null; do :; done"),
         ("switched off", "ip link set tfb7 down; ip link set tfx7 down"),
     ]
@@ -105,6 +106,49 @@ fn what_is_broken_by_hand_is_mended_with_the_guests_plugged_in() {
     one.remove(&[7]);
     two.remove(&[7]);
     drop((near, far));
+    one.is_as_new();
+    two.is_as_new();
+}
+
+#[test]
+fn a_host_that_was_given_up_no_longer_answers_for_addresses_that_are_elsewhere() {
+    let Some([one, two]) = lab() else { return };
+    let wishes = |lasts: &[u8], peers: &[IpAddr]| [wish(7, lasts, peers)];
+    one.ensure(&wishes(&[11], &[two.underlay]));
+    two.ensure(&wishes(&[12], &[one.underlay]));
+    let (near, stale) = (Guest::plug(&one, 7, 11), Guest::plug(&two, 7, 12));
+    assert!(!near.lease().is_empty() && !stale.lease().is_empty());
+    assert!(near.reaches(12) && stale.reaches(11));
+
+    // The quorum has given the other host up; that one hears nothing of it, and its guest goes on.
+    one.ensure(&wishes(&[11], &[]));
+    assert!(!stale.reaches(11) && !near.reaches(12), "neither hears the other");
+    let learned = || one.shell("bridge fdb show dev tfx7");
+    let far = format!("dst {}", two.underlay);
+    assert!(!learned().contains(&far), "nothing is learned from it: {}", learned());
+    // So the rules hold it off, and not something else.
+    one.shell("nft delete table inet trefoil_7");
+    assert!(stale.reaches(11), "without them it would be heard");
+    one.ensure(&wishes(&[11], &[]));
+    assert!(!stale.reaches(11));
+
+    // Its machine runs here now, under the same addresses, while the stale copy goes on.
+    one.ensure(&wishes(&[11, 12], &[]));
+    let moved = Guest::plug(&one, 7, 12);
+    assert!(!moved.lease().is_empty());
+    let chatter = "i=0; while [ $i -lt 200 ]; do busybox arping -q -c1 -w1 -U -I eth0 10.0.0.12; i=$((i+1)); done";
+    two.shell(&format!("ip netns exec guest7x12 sh -c '{chatter}' >/dev/null 2>&1 & echo $! >/run/chatter"));
+    let before = moved.received();
+    for _ in 0..10 {
+        assert!(near.reaches(12), "the copy here answers");
+    }
+    assert!(moved.received() >= before + 10, "it was that one that was asked");
+    let heard = learned();
+    assert!(!heard.contains(&far) && !heard.contains(&stale.mac()), "the stale one is not heard: {heard}");
+    two.shell("kill $(cat /run/chatter) 2>/dev/null; while kill -0 $(cat /run/chatter) 2>/dev/null; do :; done; true");
+    one.remove(&[7]);
+    two.remove(&[7]);
+    drop((near, stale, moved));
     one.is_as_new();
     two.is_as_new();
 }

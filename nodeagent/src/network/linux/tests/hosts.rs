@@ -201,6 +201,14 @@ cat /run/{name}.env 2>/dev/null || true"#
         out.trim() == "yes"
     }
 
+    /// How many packets it has received.
+    pub fn received(&self) -> u64 {
+        let name = &self.name;
+        let script = format!("ip -n {name} -s link show eth0 | awk '/RX:/ {{ getline; print $2 }}'");
+        let count = self.host.shell(&script);
+        count.trim().parse().expect("a number of packets")
+    }
+
     /// The MAC address that answered for `10.0.0.LAST`.
     pub fn neighbour(&self, last: u8) -> String {
         let name = &self.name;
