@@ -4,9 +4,10 @@
 //! on two cores would test the scheduler of the kernel.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, ExitStatus},
     time::{Duration, Instant},
 };
 
@@ -188,7 +189,31 @@ impl Cluster {
     /// # Errors
     /// When the binary cannot be started.
     pub fn restart(&mut self, controller: usize) -> anyhow::Result<()> {
-        self.run_controller(controller)
+        self.restart_with(controller, &[])
+    }
+
+    /// With more in its environment.
+    ///
+    /// # Errors
+    /// When the binary cannot be started.
+    pub fn restart_with(&mut self, controller: usize, environment: &[(&str, &OsStr)]) -> anyhow::Result<()> {
+        self.run_controller(controller, environment)
+    }
+
+    /// How it ended by itself, if it did; it can be started again then.
+    pub fn ended(&mut self, controller: usize) -> Option<ExitStatus> {
+        let member = &mut self.controllers[controller];
+        let status = member.process.as_mut()?.ended()?;
+        member.process = None;
+        Some(status)
+    }
+
+    /// What it has printed so far, in all its lives.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn printed(&self, controller: usize) -> std::io::Result<String> {
+        std::fs::read_to_string(self.root.join(format!("{}.log", self.controllers[controller].name)))
     }
 
     /// SIGSTOP; true when the kernel shows it as stopped.

@@ -1,6 +1,7 @@
 //! How the processes are started: the one place of this crate that knows the command line.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     net::{TcpListener, UdpSocket},
     path::PathBuf,
@@ -77,7 +78,7 @@ impl Cluster {
         self.access = Access { ca_pem: written.ca, token: written.token };
         std::fs::write(self.root.join("ca.pem"), &self.access.ca_pem)?;
         self.controllers.push(member);
-        self.run_controller(0)
+        self.run_controller(0, &[])
     }
 
     /// Another controller, joined with a one-time token; it becomes a voter once it has caught up.
@@ -94,7 +95,7 @@ impl Cluster {
         member.id =
             serde_json::from_str::<Value>(&output)?["id"].as_u64().with_context(|| format!("no id in {output}"))?;
         self.controllers.push(member);
-        self.run_controller(number)?;
+        self.run_controller(number, &[])?;
         Ok(number)
     }
 
@@ -118,7 +119,7 @@ impl Cluster {
         let id =
             serde_json::from_str::<Value>(&output)?["id"].as_u64().with_context(|| format!("no id in {output}"))?;
         self.controllers[controller].id = id;
-        self.run_controller(controller)?;
+        self.run_controller(controller, &[])?;
         Ok(id)
     }
 
@@ -199,10 +200,10 @@ impl Cluster {
         self.run_agent(number)
     }
 
-    pub(super) fn run_controller(&mut self, number: usize) -> anyhow::Result<()> {
+    pub(super) fn run_controller(&mut self, number: usize, environment: &[(&str, &OsStr)]) -> anyhow::Result<()> {
         let member = &self.controllers[number];
         let mut command = self.command(member.host);
-        command.args(["controller", "run", "--data"]).arg(&member.data);
+        command.args(["controller", "run", "--data"]).arg(&member.data).envs(environment.iter().copied());
         let log = self.root.join(format!("{}.log", member.name));
         self.controllers[number].process = Some(Process::start(command, &log)?);
         Ok(())

@@ -1,0 +1,117 @@
+//! A disk that fails under a controller: it stops loudly, tries nothing again, and nothing acknowledged is lost.
+
+use std::{
+    os::unix::process::ExitStatusExt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use api::{
+    client::{Client, new_request_id},
+    error::ErrorKind,
+    proto::{GetTagRequest, SetTagRequest},
+};
+use jepsen::verdict::skipped;
+use nix::sys::signal::Signal;
+use tests::{
+    disk_fault::DiskFault,
+    stage::{Stage, Stub, TENANT, until},
+};
+
+/// Writes tags until it is told to stop; what was acknowledged. What got no answer may be there or not.
+async fn write_on(client: Client, name: &str, stop: Arc<AtomicBool>) -> Vec<String> {
+    let client = client.with_deadline(Duration::from_secs(5));
+    let mut acknowledged = Vec::new();
+    for number in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let key = format!("{name}-{number}");
+        let body =
+            SetTagRequest { tenant: TENANT.into(), key: key.clone(), value: key.clone(), expected_version: None };
+        let call = |mut stub: Stub, request| async move { stub.set_tag(request).await };
+        match client.mutate(new_request_id(), body, call).await {
+            Ok(_) => acknowledged.push(key),
+            Err(error) => assert!(
+                matches!(error.kind, ErrorKind::Unknown | ErrorKind::Unavailable),
+                "a write was refused while the disk failed: {error:?}"
+            ),
+        }
+    }
+    acknowledged
+}
+
+/// Waits until the controller has ended, and looks at how.
+async fn it_stopped_loudly(stage: &mut Stage, controller: usize, disk: &DiskFault) {
+    let status = until(&format!("the controller on the failing disk {controller} ends"), async || {
+        stage.cluster.ended(controller).ok_or_else(|| "it runs".to_owned())
+    })
+    .await;
+    assert_eq!(status.signal(), Some(Signal::SIGABRT as i32), "it ended with {status}");
+    let printed = stage.cluster.printed(controller).unwrap();
+    assert!(printed.contains("storage failed: ") && printed.contains("stopping"), "{printed}");
+    assert_eq!(disk.seen().unwrap(), Some(0), "a sync failed, and none was tried after it");
+    disk.mend().unwrap();
+}
+
+async fn all_there(stage: &Stage, keys: &[String]) {
+    for controller in 0..stage.cluster.size() {
+        for key in keys {
+            let body = GetTagRequest { tenant: TENANT.into(), key: key.clone(), stale: false };
+            let request = stage.client.request(None, body, Duration::from_secs(10));
+            let tag = stage.client.stub(controller).get_tag(request).await;
+            let tag = tag.unwrap_or_else(|status| panic!("{key} at controller {controller}: {status}"));
+            assert_eq!(tag.into_inner().value, *key);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_sync_stops_a_controller_loudly_and_loses_nothing_acknowledged() {
+    let mut stage = Stage::set(0).await;
+    let shim = match DiskFault::prepare(stage.folder()) {
+        Ok(shim) => shim,
+        Err(obstacle) => return skipped("disk: a failed sync", &obstacle),
+    };
+    let disks: Vec<DiskFault> = (0..3).map(|c| DiskFault::new(&shim, stage.folder(), stage.cluster.name(c))).collect();
+    for (controller, disk) in disks.iter().enumerate() {
+        assert!(stage.cluster.terminate(controller).unwrap());
+        stage.cluster.restart_with(controller, &disk.environment()).unwrap();
+    }
+    stage.cluster.settled(tests::stage::PATIENCE).await.unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = tokio::spawn(write_on(stage.client.clone(), "one", stop.clone()));
+
+    // The leader's disk: the others go on, and it comes back with what it has.
+    let leader = stage.cluster.leader().await.expect("a leader");
+    disks[leader].strike().unwrap();
+    it_stopped_loudly(&mut stage, leader, &disks[leader]).await;
+    stage.set_tag("after-the-leaders-disk", "yes").await.expect("the others go on");
+    stage.cluster.restart_with(leader, &disks[leader].environment()).unwrap();
+    stage.cluster.settled(tests::stage::PATIENCE).await.unwrap();
+    stop.store(true, Ordering::Relaxed);
+    let mut acknowledged = writer.await.unwrap();
+    assert!(!acknowledged.is_empty(), "nothing was acknowledged, so nothing could be lost");
+
+    // All disks at once, with writes under way. Who is left without a majority has nothing to sync; its disk fails
+    // when the others are back and write to it.
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = tokio::spawn(write_on(stage.client.clone(), "all", stop.clone()));
+    for disk in &disks {
+        disk.strike().unwrap();
+    }
+    for _ in &disks {
+        let failed = || (0..3).find(|controller| disks[*controller].seen().is_ok_and(|seen| seen.is_some()));
+        let controller = until("another disk fails", async || failed().ok_or_else(String::new)).await;
+        it_stopped_loudly(&mut stage, controller, &disks[controller]).await;
+        stage.cluster.restart(controller).unwrap();
+    }
+    stop.store(true, Ordering::Relaxed);
+    acknowledged.extend(writer.await.unwrap());
+    stage.settled().await;
+    all_there(&stage, &acknowledged).await;
+    stage.strike().await;
+}
