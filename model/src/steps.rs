@@ -17,6 +17,7 @@
 //! - A guest that crashed is started again here, with back-off; the quorum hears of it when that fails repeatedly.
 //! - What failed repeatedly is reported and left alone until the quorum asks for another attempt. Of a machine that
 //!   never came to be, everything is removed before that report: it is the evidence that the host is free of it.
+//! - A disk is made once. When that of a machine that has run is missing, the machine has failed: it never comes up blank.
 //! - Apart from that, disks are only deleted for a machine that is wished absent. Everything else that nobody wants is
 //!   kept aside.
 //!
@@ -92,8 +93,10 @@ pub struct Memory {
     pub wished_off: bool,
     /// Something of it may have been made at this placement, and not been removed since.
     pub begun: bool,
-    /// Its disk was made, or found made, since the agent started.
+    /// Its disk was made, or seen to be there, since the agent started.
     pub disk_made: bool,
+    /// Its guest was seen at this placement: its disk holds what the guest wrote, so a missing one is never made anew.
+    pub ran: bool,
     /// It was removed, and nothing is left.
     pub removed: bool,
     /// The quorum was told, or is about to be, that it came to be: from then on its disk may hold something.
@@ -227,7 +230,7 @@ impl Observed {
         let kept = self.memories.get(&wish.vm).filter(|kept| kept.epoch == wish.epoch);
         let existed = self.guest(wish).is_some_and(|guest| guest.epoch == wish.epoch);
         let rebooted = if existed { wish.reboots } else { 0 };
-        kept.copied().unwrap_or(Memory { epoch: wish.epoch, rebooted, existed, ..Memory::default() })
+        kept.copied().unwrap_or(Memory { epoch: wish.epoch, rebooted, existed, ran: existed, ..Memory::default() })
     }
 
     /// The failure that keeps a machine from its wish and is worth telling: its own, or that of what it waits for.
@@ -354,7 +357,7 @@ fn start(wish: &VmWish, found: &Observed, memory: Memory, after_crash: bool) -> 
         return Next::Wait;
     }
     if !memory.disk_made {
-        return Next::Do(Step::MakeDisk(wish.vm));
+        return Next::Do(if memory.ran { Step::CheckDisk(wish.vm) } else { Step::MakeDisk(wish.vm) });
     }
     if wish.nics.iter().any(|nic| found.networks.get(&nic.vni) != Some(&true)) {
         return Next::Wait;

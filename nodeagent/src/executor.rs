@@ -158,6 +158,9 @@ impl Executor {
                 self.forgive(wish);
             }
         }
+        for image in new.images.iter().filter(|image| !self.told_images.contains_key(&image.digest)) {
+            self.failures.remove(&Subject::Image(image.digest));
+        }
         let wished: BTreeSet<Digest> = new.images.iter().map(|image| image.digest).collect();
         self.told_images.retain(|digest, _| wished.contains(digest));
         self.seen =
@@ -249,10 +252,16 @@ impl Executor {
         }
     }
 
-    /// A machine that is wished stopped: that it is off later is then no news from the guest.
+    /// A machine that is wished stopped: that it is off later is then no news from the guest. One whose guest is here
+    /// has run: its disk is never made anew.
     fn note_wishes(&mut self, assignment: &Assignment, found: &mut Observed) {
-        for wish in assignment.vms.iter().filter(|wish| wish.power == Power::Stopped) {
-            self.memory(wish, found).wished_off = true;
+        for wish in &assignment.vms {
+            if wish.power == Power::Stopped {
+                self.memory(wish, found).wished_off = true;
+            }
+            if found.guests.get(&wish.vm).is_some_and(|guest| guest.epoch == wish.epoch) {
+                self.memory(wish, found).ran = true;
+            }
         }
         found.memories = self.memories.clone();
     }
@@ -375,9 +384,11 @@ impl Executor {
         let now = clock::boottime_millis();
         let Some(memory) = self.memories.get_mut(&vm) else { return };
         match step {
-            Step::MakeDisk(_) => memory.disk_made = true,
+            Step::MakeDisk(_) | Step::CheckDisk(_) => memory.disk_made = true,
             Step::Reset { reboots, .. } => memory.rebooted = *reboots,
-            Step::Remove(_) => (memory.removed, memory.begun, memory.disk_made) = (true, false, false),
+            Step::Remove(_) => {
+                (memory.removed, memory.begun, memory.disk_made, memory.ran) = (true, false, false, false);
+            }
             Step::PressPower(_) => {
                 memory.pressed_first_millis.get_or_insert(now);
                 memory.pressed_last_millis = Some(now);

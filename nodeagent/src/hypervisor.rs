@@ -151,6 +151,9 @@ pub trait Hypervisor: Send + Sync {
     /// Make the disk (an overlay on the base) and the seed, if they are not there. Refused while a disk of another
     /// placement is there, unless that is older and was never started: it gives way.
     fn make_disk(&self, spec: &GuestSpec) -> Result<()>;
+    /// The disk of a machine that has run must be there. `Permanent` when it is not: what it held is lost, or must be
+    /// brought back by a person.
+    fn check_disk(&self, vm: VmId) -> Result<()>;
     /// Define it and switch it on. The disk must be there. A guest that is on stays as it is, and one that was asked to
     /// go off no longer counts as asked. Refused while a guest of another placement is there, or this one was not
     /// handed over. A first start that fails leaves no guest.

@@ -38,6 +38,9 @@ struct KeptMemory {
     wished_off: bool,
     begun: bool,
     existed: bool,
+    /// Not in the files of the first version, whose machines were all seen by the time they existed.
+    #[serde(default)]
+    ran: bool,
 }
 
 impl Journal {
@@ -65,6 +68,7 @@ impl Journal {
             wished_off: kept.wished_off,
             begun: kept.begun,
             existed: kept.existed,
+            ran: kept.ran,
             ..Memory::default()
         };
         self.saved.vms.iter().map(|(vm, kept)| (*vm, memory(kept))).collect()
@@ -81,6 +85,7 @@ impl Journal {
             wished_off: memory.wished_off,
             begun: memory.begun,
             existed: memory.existed,
+            ran: memory.ran,
         };
         let entries = Entries {
             generation: seen.generation,
@@ -107,8 +112,15 @@ mod tests {
         let mut journal = Journal::open(dir.path()).unwrap();
         assert_eq!((journal.seen(), journal.memories()), (Seen::default(), BTreeMap::new()));
         let seen = Seen { generation: 9, epochs: [(VmId(1), 7)].into() };
-        let memory =
-            Memory { epoch: 7, rebooted: 2, wished_off: true, begun: true, existed: true, ..Memory::default() };
+        let memory = Memory {
+            epoch: 7,
+            rebooted: 2,
+            wished_off: true,
+            begun: true,
+            existed: true,
+            ran: true,
+            ..Memory::default()
+        };
         let passing = Memory { disk_made: true, pressed_first_millis: Some(1), ..memory };
         journal.save(&seen, &[(VmId(1), passing)].into()).unwrap();
         // A crash in the middle of the next save leaves a file beside it, which counts for nothing.

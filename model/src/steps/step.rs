@@ -20,6 +20,8 @@ pub enum Step {
     RemoveNetwork(u32),
     /// Make the overlay and the seed.
     MakeDisk(VmId),
+    /// See that the disk of a machine that has run is there.
+    CheckDisk(VmId),
     /// Define it and switch it on; carries out all reboots up to `reboots`.
     Start {
         vm: VmId,
@@ -59,6 +61,7 @@ impl Step {
             Self::EnsureNetwork(network) => Some(Subject::Network(network.vni)),
             Self::RemoveNetwork(vni) => Some(Subject::Network(*vni)),
             Self::MakeDisk(vm)
+            | Self::CheckDisk(vm)
             | Self::Start { vm, .. }
             | Self::Suspend(vm)
             | Self::Resume(vm)
@@ -80,6 +83,7 @@ impl fmt::Display for Step {
             Self::EnsureNetwork(wish) => write!(f, "ensure network {} vni {}", wish.network, wish.vni),
             Self::RemoveNetwork(vni) => write!(f, "remove network vni {vni}"),
             Self::MakeDisk(vm) => write!(f, "make disk {vm}"),
+            Self::CheckDisk(vm) => write!(f, "check disk {vm}"),
             Self::Start { vm, after_crash: false, .. } => write!(f, "start {vm}"),
             Self::Start { vm, after_crash: true, .. } => write!(f, "start {vm} after a crash"),
             Self::Suspend(vm) => write!(f, "suspend {vm}"),

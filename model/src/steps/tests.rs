@@ -93,6 +93,19 @@ fn a_disk_of_an_earlier_placement_is_not_this_ones() {
 }
 
 #[test]
+fn a_machine_that_has_run_never_gets_another_disk() {
+    let wish = wish(vec![vm(1, 7, Power::Running)]);
+    let ran = Memory { epoch: 7, ran: true, existed: true, ..Memory::default() };
+    check(&wish, &remembering(ready(), ran), &["check disk vm-1"]);
+    check(&wish, &with(ready(), 7, FoundPower::OffByAgent), &["check disk vm-1"]);
+    let failed = failing(remembering(ready(), ran), Subject::Vm(VmId(1)), 1, true);
+    check(&wish, &failed, &["report vm-1 epoch 7 Failed rebooted 0: no luck"]);
+    // Wished off before its first start, it came to be without a disk.
+    let never = Memory { ran: false, ..ran };
+    check(&wish, &remembering(ready(), never), &["make disk vm-1"]);
+}
+
+#[test]
 fn a_guest_of_an_older_epoch_is_kept_aside_and_one_of_a_newer_epoch_is_let_alone() {
     let wish = wish(vec![vm(1, 7, Power::Running)]);
     check(&wish, &with(ready(), 6, FoundPower::Running), &["quarantine vm-1 epoch 6"]);
@@ -331,14 +344,17 @@ impl World {
             }
             Step::MakeDisk(vm) => {
                 let memory = self.memory(*vm, epoch(vm));
+                assert!(!memory.ran, "a machine that has run gets no blank disk");
                 (memory.begun, memory.disk_made, memory.removed) = (true, true, false);
             }
+            Step::CheckDisk(vm) => self.memory(*vm, epoch(vm)).disk_made = true,
             Step::Start { vm, reboots, .. } => {
                 assert!(found.images.contains_key(&image(1).digest) && found.networks.get(&100) == Some(&true));
                 found.guests.insert(*vm, FoundGuest { epoch: epoch(vm), power: FoundPower::Running });
                 let memory = self.memory(*vm, epoch(vm));
                 assert!(memory.disk_made, "a guest needs a disk");
-                (memory.rebooted, memory.wished_off, memory.existed, memory.removed) = (*reboots, false, true, false);
+                (memory.rebooted, memory.wished_off, memory.removed) = (*reboots, false, false);
+                (memory.existed, memory.ran) = (true, true);
             }
             Step::Suspend(vm) => self.power(*vm, FoundPower::Suspended),
             Step::Resume(vm) => self.power(*vm, FoundPower::Running),
@@ -360,7 +376,7 @@ impl World {
             Step::Remove(vm) => {
                 found.guests.remove(vm);
                 let memory = self.memory(*vm, epoch(vm));
-                (memory.removed, memory.begun, memory.disk_made) = (true, false, false);
+                (memory.removed, memory.begun, memory.disk_made, memory.ran) = (true, false, false, false);
             }
             Step::Quarantine { vm, epoch } => {
                 found.guests.remove(vm);
@@ -396,7 +412,8 @@ impl World {
         let reboots = self.wish.vms.iter().find(|wish| wish.vm == vm).map_or(0, |wish| wish.reboots);
         let memory = self.found.memories.entry(vm).or_default();
         if memory.epoch != epoch {
-            *memory = Memory { epoch, existed: guest, rebooted: if guest { reboots } else { 0 }, ..Memory::default() };
+            let rebooted = if guest { reboots } else { 0 };
+            *memory = Memory { epoch, existed: guest, ran: guest, rebooted, ..Memory::default() };
         }
         memory
     }

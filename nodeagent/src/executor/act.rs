@@ -61,6 +61,7 @@ async fn perform(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Re
         }
         Step::RemoveNetwork(vni) => host.network.remove(vni).await.map_err(|error| fault(FaultKind::Transient, error)),
         Step::MakeDisk(vm) => with_spec(host, assignment, vm, |hypervisor, spec| hypervisor.make_disk(spec)).await,
+        Step::CheckDisk(vm) => hypervisor(host, move |hypervisor| hypervisor.check_disk(vm)).await,
         Step::Start { vm, .. } => with_spec(host, assignment, vm, |hypervisor, spec| hypervisor.start(spec)).await,
         Step::Suspend(vm) => hypervisor(host, move |hypervisor| hypervisor.suspend(vm)).await,
         Step::Resume(vm) => hypervisor(host, move |hypervisor| hypervisor.resume(vm)).await,

@@ -32,6 +32,8 @@ use crate::{
     view::View,
 };
 
+mod lost_disk;
+
 const DEADLINE: Duration = Duration::from_secs(60);
 const BASE: &[u8] = b"a base image";
 
@@ -93,6 +95,9 @@ impl Hypervisor for Moody {
     fn make_disk(&self, spec: &GuestSpec) -> Hyper<()> {
         self.check()?;
         self.inner.make_disk(spec)
+    }
+    fn check_disk(&self, vm: VmId) -> Hyper<()> {
+        self.inner.check_disk(vm)
     }
     fn start(&self, spec: &GuestSpec) -> Hyper<()> {
         self.check()?;

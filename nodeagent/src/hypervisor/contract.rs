@@ -65,6 +65,7 @@ pub fn run(subject: &Subject) {
         its_own_shutdown_is_told_apart(subject, &*h);
     }
     removal_leaves_nothing(subject, &*h);
+    a_disk_that_vanished_is_missed(subject, &*h);
     quarantine_keeps_the_disk(subject, &*h);
 }
 
@@ -206,6 +207,7 @@ fn it_is_switched_off_and_on(subject: &Subject, h: &dyn Hypervisor) {
     assert_eq!(backup.consistency, Consistency::Off);
     assert_eq!(backup.virtual_bytes, subject.spec.size.disk_bytes);
     h.make_disk(&subject.spec).expect("its disk is there");
+    h.check_disk(vm).expect("its disk is there");
     h.start(&subject.spec).expect("start again");
     assert_eq!(power(h, subject), Some(GuestPower::Running));
     h.reset(vm).expect("reset");
@@ -260,6 +262,21 @@ fn removal_leaves_nothing(subject: &Subject, h: &dyn Hypervisor) {
     let left: Vec<_> = fs::read_dir(subject.dir.join("vms")).expect("the folder of guests").collect();
     assert!(left.is_empty(), "{left:?}");
     assert!(h.bases().expect("bases").is_empty(), "no disk is left");
+}
+
+fn a_disk_that_vanished_is_missed(subject: &Subject, h: &dyn Hypervisor) {
+    let vm = subject.spec.vm;
+    h.make_disk(&subject.spec).expect("make the disk");
+    h.start(&subject.spec).expect("start");
+    h.power_off(vm).expect("switch off");
+    h.check_disk(vm).expect("its disk is there");
+    let folder = subject.dir.join("vms").join(vm.to_string());
+    fs::remove_dir_all(&folder).expect("somebody removes its folder");
+    let missing = h.check_disk(vm);
+    assert!(matches!(missing, Err(HypervisorError::Permanent(_))), "{missing:?}");
+    assert!(h.start(&subject.spec).is_err(), "it does not start without its disk");
+    h.remove(vm).expect("what is left of it can be removed");
+    assert_eq!(h.guests().expect("guests"), vec![]);
 }
 
 fn quarantine_keeps_the_disk(subject: &Subject, h: &dyn Hypervisor) {

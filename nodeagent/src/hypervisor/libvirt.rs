@@ -18,7 +18,7 @@ use virt::sys;
 use super::{
     Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, Result,
     domain_xml::{Mark, domain_uuid, domain_xml, name_prefix},
-    guest_dir::{GuestDirs, write_whole},
+    guest_dir::{GuestDirs, failed, write_whole},
     job::Job,
     migration::{Destination, Route},
     qemu_process,
@@ -334,6 +334,15 @@ impl Hypervisor for Libvirt {
             write_whole(&paths.seed, &seed_image(spec)?)?;
         }
         if paths.disk.exists() { Ok(()) } else { disk::make_overlay(spec, &paths.disk) }
+    }
+
+    fn check_disk(&self, vm: VmId) -> Result<()> {
+        let disk = self.dirs.paths(vm).disk;
+        match disk.try_exists() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(HypervisorError::Permanent(format!("its disk is gone: {}", disk.display()))),
+            Err(e) => Err(failed("look at", &disk, e)),
+        }
     }
 
     fn start(&self, spec: &GuestSpec) -> Result<()> {

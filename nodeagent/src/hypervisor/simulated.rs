@@ -284,8 +284,17 @@ impl Hypervisor for Simulated {
         Ok(())
     }
 
+    /// The record is all there is of a simulated disk.
+    fn check_disk(&self, vm: VmId) -> Result<()> {
+        if self.dirs.read::<SimGuest>(vm)?.is_some() {
+            return Ok(());
+        }
+        Err(HypervisorError::Permanent(format!("its disk is gone: {}", self.dirs.dir(vm).display())))
+    }
+
     fn start(&self, spec: &GuestSpec) -> Result<()> {
-        match self.look()?.guests.get_mut(&spec.vm) {
+        let on_disk = self.dirs.read::<SimGuest>(spec.vm)?.is_some();
+        match self.look()?.guests.get_mut(&spec.vm).filter(|_| on_disk) {
             Some(guest) if guest.is_coming() => {
                 guest.same_placement(spec)?;
                 return Err(migration::not_handed_over(spec.vm));
