@@ -23,6 +23,8 @@ const PRINTED: &[&str] = &[
     "Node",
     "Price",
     "Progress",
+    "BrokenRule",
+    "QuorumCheckReply",
     "QuorumStatusReply",
     "Quota",
     "ReadAt",
@@ -40,10 +42,15 @@ const PRINTED: &[&str] = &[
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(["proto/trefoil.proto"], ["proto"])?;
-    let mut builder = tonic_prost_build::configure().bytes(".");
+    let mut servers =
+        tonic_prost_build::configure().bytes(".").build_client(false).codec_path("crate::codec::ServerCodec");
     for message in PRINTED {
-        builder = builder.type_attribute(format!(".trefoil.v1.{message}"), "#[derive(serde::Serialize)]");
+        servers = servers.type_attribute(format!(".trefoil.v1.{message}"), "#[derive(serde::Serialize)]");
     }
-    builder.compile_fds(descriptors)?;
+    servers.compile_fds(descriptors.clone())?;
+    let folder = std::path::PathBuf::from(std::env::var("OUT_DIR")?).join("clients");
+    std::fs::create_dir_all(&folder)?;
+    let clients = tonic_prost_build::configure().build_server(false).out_dir(folder);
+    clients.extern_path(".trefoil.v1", "crate::proto").compile_fds(descriptors)?;
     Ok(())
 }

@@ -225,10 +225,10 @@ mod tests {
 
     #[test]
     fn every_rejection_survives_the_wire() {
-        let (noun, name) = ("vm".to_owned(), "a\0b\u{1b}é".to_owned());
+        let (noun, name) = (model::Noun::Vm, "a\0b\u{1b}é".to_owned());
         let rejections = [
-            Rejection::NotFound { noun: noun.clone(), name: name.clone() },
-            Rejection::Exists { noun: noun.clone(), name: name.clone() },
+            Rejection::NotFound { noun, name: name.clone() },
+            Rejection::Exists { noun, name: name.clone() },
             Rejection::Invalid { field: "name".into(), value: name.clone(), allowed: "short".into() },
             Rejection::InUse { noun, name, by: "vm-1".into() },
             Rejection::Quota { tenant: "t".into(), what: "vms".into(), limit: 1, used: 1, asked: 1 },

@@ -223,6 +223,9 @@ impl Trefoil for Service {
     async fn quorum_status(&self, request: Request<proto::QuorumStatusRequest>) -> Answer<proto::QuorumStatusReply> {
         answer(self.quorum_survey(request).await)
     }
+    async fn quorum_check(&self, request: Request<proto::QuorumCheckRequest>) -> Answer<proto::QuorumCheckReply> {
+        answer(self.quorum_examine(request).await)
+    }
     async fn add_voter(&self, request: Request<proto::ControllerRef>) -> Answer<proto::Done> {
         answer(self.quorum_add(request).await)
     }

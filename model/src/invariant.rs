@@ -1,4 +1,5 @@
-//! What always holds, one named function each. The property tests check them after every entry.
+//! What always holds, one named function each. The property tests check them after every entry, and
+//! `trefoil quorum check` on a living cloud.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,12 +20,17 @@ pub const INVARIANTS: &[Invariant] = &[
     ("the charged spans of a resource do not overlap", lines_do_not_overlap),
 ];
 
+/// The rules that do not hold, each by its name and what breaks it.
+pub fn broken(state: &State) -> impl Iterator<Item = (&'static str, String)> {
+    INVARIANTS.iter().filter_map(|(name, rule)| rule(state).err().map(|what| (*name, what)))
+}
+
 /// The first rule that does not hold.
 ///
 /// # Errors
 /// The rule's name and what breaks it.
 pub fn check(state: &State) -> Result<(), String> {
-    INVARIANTS.iter().try_for_each(|(name, rule)| rule(state).map_err(|what| format!("{name}: {what}")))
+    broken(state).next().map_or(Ok(()), |(name, what)| Err(format!("{name}: {what}")))
 }
 
 fn indexes_are_true(state: &State) -> Result<(), String> {

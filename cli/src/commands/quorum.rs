@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use api::{
     error::ApiError,
-    proto::{ControllerRef, ControllerStatus, IssueJoinTokenRequest, QuorumStatusReply, QuorumStatusRequest},
+    proto::{
+        ControllerRef, ControllerStatus, IssueJoinTokenRequest, QuorumCheckReply, QuorumCheckRequest,
+        QuorumStatusReply, QuorumStatusRequest,
+    },
 };
 use clap::{Subcommand, ValueEnum};
 use serde_json::json;
@@ -20,6 +23,9 @@ pub enum QuorumCommand {
     /// Shows the controllers, the leader, and whether their states are equal
     #[command(after_help = "Example:\n  trefoil quorum status")]
     Status,
+    /// Looks at the whole state: is everything as it must always be? (operators)
+    #[command(after_help = "Example:\n  trefoil quorum check")]
+    Check,
     /// Prints a one-time token that a controller or an agent joins with (operators)
     #[command(after_help = "Example:\n  trefoil quorum token --role agent --valid 1h")]
     Token {
@@ -65,6 +71,14 @@ pub async fn run(command: QuorumCommand, context: &Context) -> Result<(), ApiErr
             let status = read!(context, quorum_status, QuorumStatusRequest {})?;
             context.print(&status, || describe(&status))
         }
+        QuorumCommand::Check => {
+            let checked = read!(context, quorum_check, QuorumCheckRequest {})?;
+            context.print(&checked, || judge(&checked))?;
+            match checked.broken.len() {
+                0 => Ok(()),
+                broken => Err(ApiError::new("failed", format!("{broken} of {} rules are broken", checked.rules))),
+            }
+        }
         QuorumCommand::Token { role, valid } => {
             let role = match role {
                 JoinRole::Controller => "controller",
@@ -92,6 +106,17 @@ pub async fn run(command: QuorumCommand, context: &Context) -> Result<(), ApiErr
 
 fn done(what: &str, controller: u64, context: &Context) -> Result<(), ApiError> {
     context.print(&json!({ what: controller }), || format!("{what} controller-{controller}"))
+}
+
+/// `OK`, or a line for each rule that is broken.
+fn judge(checked: &QuorumCheckReply) -> String {
+    if checked.broken.is_empty() {
+        let index = checked.read_at.as_ref().map_or(0, |read_at| read_at.index);
+        return format!("OK: all {} rules hold at index {index}", checked.rules);
+    }
+    let lines: Vec<String> =
+        checked.broken.iter().map(|broken| format!("BROKEN: {}: {}", broken.rule, broken.sentence)).collect();
+    lines.join("\n")
 }
 
 fn describe(status: &QuorumStatusReply) -> String {
@@ -137,6 +162,8 @@ fn controller(text: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
+    use api::proto::BrokenRule;
+
     use super::*;
 
     #[test]
@@ -145,6 +172,15 @@ mod tests {
         for bad in ["", "controller-", "node-3", "+3", "99999999999999999999"] {
             assert!(controller(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn every_broken_rule_is_named() {
+        let sound = QuorumCheckReply { rules: 9, ..QuorumCheckReply::default() };
+        assert_eq!(judge(&sound), "OK: all 9 rules hold at index 0");
+        let broken = |rule: &str| BrokenRule { rule: rule.into(), sentence: "vm-1 is odd".into() };
+        let broken = QuorumCheckReply { broken: vec![broken("one"), broken("two")], ..sound };
+        assert_eq!(judge(&broken), "BROKEN: one: vm-1 is odd\nBROKEN: two: vm-1 is odd");
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The quorum: tokens to join, who is in it, who leads it.
 
 use api::{error::ApiError, proto, token::JoinToken};
-use model::{Actor, Command, ControllerId, JoinRole, OperatorCommand, PlannerCommand, State};
+use model::{Actor, Command, ControllerId, JoinRole, OperatorCommand, PlannerCommand, State, invariant};
 use raft::{MembershipError, Role};
+use tokio::sync::Semaphore;
 use tonic::Request;
 
 use super::Service;
@@ -10,6 +11,9 @@ use crate::{access, access::Caller};
 
 /// How long a join token is good for when nothing else was asked.
 const DEFAULT_VALID_MILLIS: u64 = 60 * 60 * 1000;
+
+/// A check copies the whole state: two at once would take the memory of two more.
+static ONE_CHECK: Semaphore = Semaphore::const_new(1);
 
 impl Service {
     /// The secret is made from the request id and a secret of the cloud, so that a retry shows the same token.
@@ -81,6 +85,29 @@ impl Service {
             snapshot_index: status.snapshot,
             hashes_agree: status.hashes_agree,
         })
+    }
+
+    /// Looks at a copy, so that only the copying holds `apply` up, and that on this controller alone.
+    pub(super) async fn quorum_examine(
+        &self,
+        request: Request<proto::QuorumCheckRequest>,
+    ) -> Result<proto::QuorumCheckReply, ApiError> {
+        access::caller(&self.core, &request).await?.must_be_operator()?;
+        let turn = ONE_CHECK.try_acquire();
+        let _turn = turn.map_err(|_| ApiError::overloaded("another check runs on this controller"))?;
+        self.core.linearize().await?;
+        let core = self.core.clone();
+        let examine = move || {
+            let (state, index) = core.replica.read_indexed(|state, index| (state.clone(), index));
+            let broken = |(rule, sentence): (&str, String)| proto::BrokenRule { rule: rule.into(), sentence };
+            proto::QuorumCheckReply {
+                rules: u32::try_from(invariant::INVARIANTS.len()).unwrap_or(u32::MAX),
+                broken: invariant::broken(&state).map(broken).collect(),
+                read_at: Some(proto::ReadAt { index, stale: false, age_millis: 0 }),
+            }
+        };
+        let examined = tokio::task::spawn_blocking(examine).await;
+        examined.map_err(|_| ApiError::internal("the check was cut short"))
     }
 
     pub(super) async fn quorum_add(&self, request: Request<proto::ControllerRef>) -> Result<proto::Done, ApiError> {
