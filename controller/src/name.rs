@@ -1,12 +1,12 @@
 //! From what people type to ids: a name, or an id as it is printed.
 
 use api::error::ApiError;
-use model::{Image, Network, Node, Rejection, Role, State, Tenant, Vm};
+use model::{Image, Network, Node, Noun, Rejection, Role, State, Tenant, Vm};
 
 use crate::access::Caller;
 
-fn missing(noun: &str, name: &str) -> ApiError {
-    Rejection::NotFound { noun: noun.into(), name: shown(name) }.into()
+fn missing(noun: Noun, name: &str) -> ApiError {
+    Rejection::NotFound { noun, name: shown(name) }.into()
 }
 
 /// What an error message repeats of it.
@@ -21,8 +21,8 @@ pub(crate) fn tenant<'a>(state: &'a State, caller: &Caller, name: &str) -> Resul
         Err(()) => state.tenant_named(name),
     };
     match (caller.role, name) {
-        (Role::Member(own), "") => state.tenants().get(&own).ok_or_else(|| missing("tenant", &own.to_string())),
-        (Role::Member(own), _) => named().filter(|tenant| tenant.id == own).ok_or_else(|| missing("tenant", name)),
+        (Role::Member(own), "") => state.tenants().get(&own).ok_or_else(|| missing(Noun::Tenant, &own.to_string())),
+        (Role::Member(own), _) => named().filter(|tenant| tenant.id == own).ok_or_else(|| missing(Noun::Tenant, name)),
         (Role::Operator, "") => {
             let mut all = state.tenants().values();
             match (all.next(), all.next()) {
@@ -30,7 +30,7 @@ pub(crate) fn tenant<'a>(state: &'a State, caller: &Caller, name: &str) -> Resul
                 _ => Err(ApiError::invalid("tenant is '', but must be named: there is not exactly one (use --tenant)")),
             }
         }
-        (Role::Operator, _) => named().ok_or_else(|| missing("tenant", name)),
+        (Role::Operator, _) => named().ok_or_else(|| missing(Noun::Tenant, name)),
     }
 }
 
@@ -39,7 +39,7 @@ pub(crate) fn vm<'a>(state: &'a State, caller: &Caller, tenant_name: &str, name:
         Ok(id) => state.vms().get(&id).filter(|vm| may_see(caller, vm.tenant)),
         Err(()) => state.vm_named(tenant(state, caller, tenant_name)?.id, name),
     };
-    row.filter(|vm| !vm.ghost).ok_or_else(|| missing("vm", name))
+    row.filter(|vm| !vm.ghost).ok_or_else(|| missing(Noun::Vm, name))
 }
 
 pub(crate) fn network<'a>(
@@ -52,7 +52,7 @@ pub(crate) fn network<'a>(
         Ok(id) => state.networks().get(&id).filter(|network| may_see(caller, network.tenant)),
         Err(()) => state.network_named(tenant(state, caller, tenant_name)?.id, name),
     };
-    row.ok_or_else(|| missing("network", name))
+    row.ok_or_else(|| missing(Noun::Network, name))
 }
 
 pub(crate) fn image<'a>(
@@ -65,7 +65,7 @@ pub(crate) fn image<'a>(
         Ok(id) => state.images().get(&id).filter(|image| may_see(caller, image.tenant)),
         Err(()) => state.image_named(tenant(state, caller, tenant_name)?.id, name),
     };
-    row.ok_or_else(|| missing("image", name))
+    row.ok_or_else(|| missing(Noun::Image, name))
 }
 
 pub(crate) fn node<'a>(state: &'a State, name: &str) -> Result<&'a Node, ApiError> {
@@ -73,7 +73,7 @@ pub(crate) fn node<'a>(state: &'a State, name: &str) -> Result<&'a Node, ApiErro
         Ok(id) => state.nodes().get(&id),
         Err(()) => state.node_named(name),
     };
-    row.ok_or_else(|| missing("node", name))
+    row.ok_or_else(|| missing(Noun::Node, name))
 }
 
 fn may_see(caller: &Caller, tenant: model::TenantId) -> bool {

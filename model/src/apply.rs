@@ -119,7 +119,7 @@ impl State {
             C::DeleteUser { name } => self.delete_user(m, name),
             C::CreateTemplate { name, size, weight_milli } => self.create_template(name, *size, *weight_milli),
             C::DeleteTemplate { name } => self.delete_template(name),
-            C::SetSetting { name, value } => self.set_setting(name, *value),
+            C::SetSetting { name, value } => self.set_setting(m, name, *value),
             C::SetPrice { nano_per_hour, from } => self.set_price(m, *nano_per_hour, *from),
             C::IssueJoinToken { token, role, valid_millis } => self.issue_join_token(m, *token, *role, *valid_millis),
             C::CordonNode { node, cordoned } => self.cordon_node(*node, *cordoned),
@@ -171,7 +171,7 @@ impl State {
 /// client was told must not come true by an earlier try that was stuck. An id that does not exist never will.
 fn is_final(outcome: &Applied) -> bool {
     match outcome {
-        Err(Rejection::NotFound { noun, .. }) => matches!(noun.as_str(), "tag" | "template" | "user" | "setting"),
+        Err(Rejection::NotFound { noun, .. }) => noun.may_come_to_exist(),
         Err(_) | Ok(_) => true,
     }
 }

@@ -203,6 +203,7 @@ impl State {
     /// One wish a digest, although several images may have the same bytes.
     fn replica_wishes(&self, node: &Node) -> Vec<ImageWish> {
         let kept = self.index.images_by_node.get(&node.id).into_iter().flatten().filter_map(|id| self.images().get(id));
+        let kept = kept.filter(|image| image.keepers().any(|keeper| keeper == node.id));
         let by_digest: BTreeMap<Digest, ImageWish> =
             kept.map(|image| (image.digest, self.image_wish(node, image))).collect();
         by_digest.into_values().collect()

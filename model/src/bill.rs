@@ -47,7 +47,7 @@ pub fn bill(state: &State, tenant: TenantId, from: Timestamp, to: Timestamp, now
             exact: 0,
         }
     });
-    let open = state.meters().values().filter(|meter| meter.tenant == tenant).map(|meter| {
+    let open = state.meters_of_tenant(tenant).map(|meter| {
         let (name, status) = (meter.name.clone(), meter.status.clone());
         BillLine {
             resource: meter.resource,

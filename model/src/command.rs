@@ -9,6 +9,10 @@ use crate::{
     NodeSummary, Phase, Quota, Recovery, RequestId, Role, TenantId, Timestamp, VmId, Wanted,
 };
 
+pub use noun::Noun;
+
+mod noun;
+
 /// One log slot. The proposer stamps the time; the client chose the request id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
@@ -316,13 +320,13 @@ impl fmt::Display for Reply {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Rejection {
     #[error("{noun} '{name}' does not exist")]
-    NotFound { noun: String, name: String },
+    NotFound { noun: Noun, name: String },
     #[error("{noun} '{name}' exists already")]
-    Exists { noun: String, name: String },
+    Exists { noun: Noun, name: String },
     #[error("{field} is '{value}', but must be {allowed}")]
     Invalid { field: String, value: String, allowed: String },
     #[error("{noun} '{name}' is in use: {by}")]
-    InUse { noun: String, name: String, by: String },
+    InUse { noun: Noun, name: String, by: String },
     #[error("the quota of {tenant} allows {limit} {what}, {used} are used and {asked} more were asked for")]
     Quota { tenant: String, what: String, limit: u64, used: u64, asked: u64 },
     #[error("{node} has no room: {reason}")]

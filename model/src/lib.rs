@@ -30,7 +30,7 @@ pub mod value;
 pub use apply::Applied;
 pub use assignment::{Assignment, ImageWish, NetworkWish, NicWish, Power, VmWish};
 pub use command::{
-    Actor, Command, Entry, NodeCommand, OperatorCommand, PlannerCommand, Rejection, Reply, Request, TenantCommand,
+    Actor, Command, Entry, NodeCommand, Noun, OperatorCommand, PlannerCommand, Rejection, Reply, Request, TenantCommand,
 };
 pub use id::{ControllerId, ImageId, NetworkId, NodeId, RequestId, TenantId, VmId};
 pub use noun::*;

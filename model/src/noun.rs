@@ -261,6 +261,16 @@ pub enum ReplicaState {
     Wanted,
     /// The node has it, synced and verified.
     Good,
+    /// The node has lost it, or could not get it, at this time. It holds no copy, and another is asked first.
+    Lost(Timestamp),
+}
+
+impl Image {
+    /// The nodes that have a copy, or are to have one.
+    pub fn keepers(&self) -> impl Iterator<Item = NodeId> {
+        let kept = |state: &ReplicaState| matches!(state, ReplicaState::Wanted | ReplicaState::Good);
+        self.replicas.iter().filter(move |(_, state)| kept(state)).map(|(node, _)| *node)
+    }
 }
 
 /// What the owner wants a machine to be.

@@ -17,13 +17,17 @@ const BATCH: usize = 256;
 /// taken: samples of use vary by as much on an idle host, and following them would pile machines up.
 const NOISE_PERMILLE: u64 = 50;
 
+/// A node that lost its copy of an image, or could not get it, is asked again after this time when no other can hold
+/// it: whatever ailed it (a full disk, a bad one) has had time to be seen to.
+const REPLICA_PAUSE_MILLIS: u64 = 10 * 60_000;
+
 /// Everything that should be proposed at `now` (the leader's wall clock).
 pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
     let mut commands = silence(state, telemetry);
     commands.extend(recover(state));
     commands.extend(due(state, now));
     commands.extend(place(state, telemetry));
-    commands.extend(replicate(state, telemetry));
+    commands.extend(replicate(state, telemetry, now));
     commands.into_iter().map(Command::Planner).collect()
 }
 
@@ -175,21 +179,25 @@ fn load_permille(state: &State, telemetry: &Telemetry, node: &Node, coming: Capa
         .fold(0, u64::saturating_add)
 }
 
-/// Another copy of each image that has too few, on the node with the most free disk.
-fn replicate(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
+/// Another copy of each image that has too few, on the node with the most free disk. One that lost its copy comes
+/// after all others, and not before its pause is over.
+fn replicate(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<PlannerCommand> {
     let judge = |id: &ImageId| {
         let image = state.images().get(id)?;
         let sound = |(node, replica): (&NodeId, &ReplicaState)| {
             *replica == ReplicaState::Good && state.nodes().get(node).is_some_and(|node| node.state == NodeState::Up)
         };
         image.replicas.iter().any(sound).then_some(())?;
-        let fit = |node: &&Node| node.state == NodeState::Up && !image.replicas.contains_key(&node.id);
-        let node = state
-            .nodes()
-            .values()
-            .filter(fit)
-            .max_by_key(|node| (free_disk(telemetry, node), std::cmp::Reverse(node.id)))?;
-        Some(PlannerCommand::AddReplica { image: *id, node: node.id })
+        let rank = |node: &Node| match image.replicas.get(&node.id) {
+            _ if node.state != NodeState::Up => None,
+            None => Some((true, free_disk(telemetry, node), std::cmp::Reverse(node.id))),
+            Some(ReplicaState::Lost(at)) if now.millis_since(*at) >= REPLICA_PAUSE_MILLIS => {
+                Some((false, free_disk(telemetry, node), std::cmp::Reverse(node.id)))
+            }
+            Some(_) => None,
+        };
+        let (.., std::cmp::Reverse(node)) = state.nodes().values().filter_map(rank).max()?;
+        Some(PlannerCommand::AddReplica { image: *id, node })
     };
     state.index.thin_images.iter().take(BATCH).filter_map(judge).collect()
 }

@@ -37,6 +37,7 @@ pub const NODE_SILENCE: &str = "node-silence-millis";
 pub const BRAKE_WINDOW: &str = "brake-window-millis";
 pub const BRAKE_SHARE: &str = "brake-share-permille";
 pub const BRAKE_COUNT: &str = "brake-count";
+pub const TENANT_TAGS: &str = "tenant-tags";
 pub const REQUEST_MEMORY: &str = "request-memory-millis";
 pub const REQUEST_COUNT: &str = "request-memory-count";
 
@@ -80,9 +81,20 @@ pub const SETTINGS: &[Setting] = &[
     ),
     setting(BRAKE_SHARE, 200, 0, 1000, "recovery freezes when more nodes than this, in thousandths of all, are lost"),
     setting(BRAKE_COUNT, 3, 1, 10_000, "recovery does not freeze while fewer nodes than this are lost"),
+    setting(
+        TENANT_TAGS,
+        100_000,
+        0,
+        10_000_000,
+        "how many tags a tenant may have; every controller keeps all in memory",
+    ),
     setting(REQUEST_MEMORY, 60 * MINUTE, MINUTE, DAY, "how long the reply to a request is kept for a retry"),
     setting(REQUEST_COUNT, 200_000, 1000, 10_000_000, "how many replies are kept for retries; the oldest go first"),
 ];
+
+/// What decides the weights of what is used now.
+pub const BILLED_BY: &[&str] =
+    &[BILL_RUNNING, BILL_SUSPENDED, BILL_STOPPED, BILL_IMAGE, BILL_IMAGE_TIER, BILL_IMAGE_ABOVE];
 
 pub fn find(name: &str) -> Option<&'static Setting> {
     SETTINGS.iter().find(|s| s.name == name)

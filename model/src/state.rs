@@ -131,6 +131,10 @@ impl State {
     pub fn meters(&self) -> &Table<Resource, Meter> {
         &self.meters
     }
+    /// What a tenant uses now, in order of resource.
+    pub fn meters_of_tenant(&self, tenant: TenantId) -> impl Iterator<Item = &Meter> {
+        self.index.meters_by_tenant.get(&tenant).into_iter().flatten().filter_map(|resource| self.meters.get(resource))
+    }
     pub fn lines(&self) -> &Table<(TenantId, u64), Line> {
         &self.lines
     }
@@ -418,10 +422,25 @@ impl State {
     pub(crate) fn drop_template(&mut self, name: &str) {
         self.templates.remove(&name.to_owned(), &mut self.hash);
     }
+    pub(crate) fn put_tag(&mut self, key: (TenantId, String), row: Tag) {
+        let tenant = key.0;
+        if self.tags.put(key, row).is_none() {
+            self.index.add_tag(tenant);
+        }
+    }
     pub(crate) fn drop_tag(&mut self, key: &(TenantId, String)) {
-        self.tags.remove(key, &mut self.hash);
+        if self.tags.remove(key, &mut self.hash).is_some() {
+            self.index.usage.entry(key.0).or_default().tags -= 1;
+            self.index.settle_usage(key.0);
+        }
+    }
+    pub(crate) fn put_meter(&mut self, row: Meter) {
+        self.index.add_meter(&row);
+        self.meters.put(row.resource, row);
     }
     pub(crate) fn drop_meter(&mut self, resource: Resource) -> Option<Meter> {
-        self.meters.remove(&resource, &mut self.hash)
+        let row = self.meters.remove(&resource, &mut self.hash)?;
+        forget(&mut self.index.meters_by_tenant, row.tenant, resource);
+        Some(row)
     }
 }

@@ -65,7 +65,7 @@ impl Service {
             let tenant = name::tenant(state, caller, &header.tenant)?;
             format_of(&header.format)?;
             if state.image_named(tenant.id, &header.name).is_some() {
-                return Err(Rejection::Exists { noun: "image".into(), name: header.name.clone() }.into());
+                return Err(Rejection::Exists { noun: model::Noun::Image, name: header.name.clone() }.into());
             }
             let used = state.usage(tenant.id).image_bytes;
             if used.saturating_add(header.size_bytes) > tenant.quota.image_bytes {
@@ -107,7 +107,7 @@ impl Service {
         let body = request.into_inner();
         let look = |state: &State| {
             let image = name::image(state, &caller, &body.tenant, &body.name)?;
-            let holders = image.replicas.keys().filter_map(|id| state.nodes().get(id)).map(|node| node.address.clone());
+            let holders = image.keepers().filter_map(|id| state.nodes().get(&id)).map(|node| node.address.clone());
             Ok::<_, ApiError>((image.digest, holders.collect::<Vec<_>>()))
         };
         let (found, _) = self.core.read(body.stale.into(), look).await?;

@@ -1,6 +1,6 @@
 //! Checks of what people type: each refusal names the field, the value and what is allowed.
 
-use crate::{Capacity, Rejection};
+use crate::{Capacity, Noun, Rejection};
 
 /// What cloud-init reads in one go; larger things belong in an image.
 pub const MAX_USER_DATA_BYTES: usize = 16 << 10;
@@ -84,14 +84,14 @@ pub(super) fn user_data(text: &str) -> Result<(), Rejection> {
     Ok(())
 }
 
-pub(super) fn missing(noun: &str, name: impl ToString) -> Rejection {
-    Rejection::NotFound { noun: noun.into(), name: name.to_string() }
+pub(super) fn missing(noun: Noun, name: impl ToString) -> Rejection {
+    Rejection::NotFound { noun, name: name.to_string() }
 }
 
-pub(super) fn exists(noun: &str, name: &str) -> Rejection {
-    Rejection::Exists { noun: noun.into(), name: name.into() }
+pub(super) fn exists(noun: Noun, name: &str) -> Rejection {
+    Rejection::Exists { noun, name: name.into() }
 }
 
-pub(super) fn in_use(noun: &str, name: &str, by: String) -> Rejection {
-    Rejection::InUse { noun: noun.into(), name: name.into(), by }
+pub(super) fn in_use(noun: Noun, name: &str, by: String) -> Rejection {
+    Rejection::InUse { noun, name: name.into(), by }
 }

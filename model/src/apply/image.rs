@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Applied, Moment, check};
 use crate::{
-    Digest, Image, ImageFormat, ImageId, NodeId, Rejection, ReplicaState, Reply, Resource, State, TenantId, setting,
+    Digest, Image, ImageFormat, ImageId, NodeId, Noun, Rejection, ReplicaState, Reply, Resource, State, TenantId,
+    setting,
 };
 
 pub(super) struct File {
@@ -33,7 +34,7 @@ impl State {
             return Err(check::invalid("replicas", "none", "at least one node that holds the bytes"));
         }
         if let Some(gone) = replicas.keys().find(|node| !self.nodes.contains(node)) {
-            return Err(check::missing("node", gone));
+            return Err(check::missing(Noun::Node, gone));
         }
         let id = self.cluster_mut(|cluster| {
             cluster.last_image += 1;
@@ -67,7 +68,7 @@ impl State {
         check::between("size_bytes", size_bytes, 1, MOST_BYTES)?;
         let owner = self.visible_tenant(m, tenant)?;
         if self.image_named(tenant, name).is_some() {
-            return Err(check::exists("image", name));
+            return Err(check::exists(Noun::Image, name));
         }
         let (limit, used) = (owner.quota.image_bytes, self.usage(tenant).image_bytes);
         if used.saturating_add(size_bytes) > limit {
@@ -79,10 +80,10 @@ impl State {
 
     pub(super) fn delete_image(&mut self, m: Moment, id: ImageId) -> Applied {
         let image = self.images.get(&id).filter(|image| m.may_see(image.tenant));
-        let image = image.ok_or_else(|| check::missing("image", id))?;
+        let image = image.ok_or_else(|| check::missing(Noun::Image, id))?;
         let machines = self.vms_of_image(id);
         if machines > 0 {
-            return Err(check::in_use("image", &image.name, format!("{machines} machines are made from it")));
+            return Err(check::in_use(Noun::Image, &image.name, format!("{machines} machines are made from it")));
         }
         let nodes: Vec<_> = image.replicas.keys().copied().collect();
         self.stop_meter(m.now, Resource::Image(id));
@@ -102,11 +103,11 @@ impl State {
     }
 
     pub(super) fn add_replica(&mut self, id: ImageId, node: NodeId) -> Applied {
-        let image = self.images.get(&id).ok_or_else(|| check::missing("image", id))?;
+        let image = self.images.get(&id).ok_or_else(|| check::missing(Noun::Image, id))?;
         if !self.nodes.contains(&node) {
-            return Err(check::missing("node", node));
+            return Err(check::missing(Noun::Node, node));
         }
-        if image.replicas.contains_key(&node) {
+        if image.keepers().any(|keeper| keeper == node) {
             return Err(Rejection::Stale(format!("{node} is to hold {} already", image.name)));
         }
         let mut image = image.clone();

@@ -42,6 +42,26 @@ impl State {
         });
     }
 
+    /// A setting that decides weights has changed: from now on what is used is charged by it. One entry that visits
+    /// every meter, which is seldom enough to be worth an answer that an operator expects.
+    pub(super) fn weigh_anew(&mut self, now: Timestamp) {
+        let metered: Vec<Resource> = self.meters.iter().map(|(resource, _)| *resource).collect();
+        for resource in metered {
+            match resource {
+                Resource::Vm(id) => {
+                    if let Some(vm) = self.vms.get(&id).cloned() {
+                        self.meter_vm(now, &vm);
+                    }
+                }
+                Resource::Image(id) => {
+                    if let Some(image) = self.images.get(&id).cloned() {
+                        self.meter_image(now, &image);
+                    }
+                }
+            }
+        }
+    }
+
     /// The same use goes on: nothing happens. Another one: the old ends where the new begins.
     fn run_meter(&mut self, meter: Meter) {
         if let Some(running) = self.meters.get(&meter.resource)
@@ -51,7 +71,7 @@ impl State {
             return;
         }
         self.stop_meter(meter.since, meter.resource);
-        self.meters.put(meter.resource, meter);
+        self.put_meter(meter);
     }
 
     pub(super) fn stop_meter(&mut self, now: Timestamp, resource: Resource) {

@@ -1,7 +1,7 @@
 //! Tenant networks: ranges, VNIs.
 
 use super::{Applied, Moment, check};
-use crate::{Cidr, Network, NetworkId, Rejection, Reply, State, TenantId};
+use crate::{Cidr, Network, NetworkId, Noun, Rejection, Reply, State, TenantId};
 
 /// VNIs below are left to operators' own networks; the field has 24 bits.
 const FIRST_VNI: u32 = 4096;
@@ -17,7 +17,7 @@ impl State {
         }
         let owner = self.visible_tenant(m, tenant)?;
         if self.network_named(tenant, name).is_some() {
-            return Err(check::exists("network", name));
+            return Err(check::exists(Noun::Network, name));
         }
         let (limit, used) = (owner.quota.networks, self.usage(tenant).networks);
         if used >= limit {
@@ -57,10 +57,10 @@ impl State {
 
     pub(super) fn delete_network(&mut self, m: Moment, id: NetworkId) -> Applied {
         let network = self.networks.get(&id).filter(|network| m.may_see(network.tenant));
-        let network = network.ok_or_else(|| check::missing("network", id))?;
+        let network = network.ok_or_else(|| check::missing(Noun::Network, id))?;
         let machines = self.addresses_used(id);
         if machines > 0 {
-            return Err(check::in_use("network", &network.name, format!("{machines} machines are in it")));
+            return Err(check::in_use(Noun::Network, &network.name, format!("{machines} machines are in it")));
         }
         self.remove_network(id);
         Ok(Reply::Done)

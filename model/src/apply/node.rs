@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use super::{Applied, Moment, check};
 use crate::{
-    Actor, Capacity, Digest, HypervisorKind, JoinRole, Node, NodeId, NodeState, NodeSummary, Phase, Rejection, Reply,
-    State, Wanted,
+    Actor, Capacity, Digest, HypervisorKind, JoinRole, Node, NodeId, NodeState, NodeSummary, Noun, Phase, Rejection,
+    Reply, State, Wanted,
 };
 
 pub(super) struct Host<'a> {
@@ -21,7 +21,7 @@ impl State {
         check::label("name", name)?;
         check::not_an_id::<NodeId>("name", name)?;
         if self.node_named(name).is_some() {
-            return Err(check::exists("node", name));
+            return Err(check::exists(Noun::Node, name));
         }
         let id = self.cluster_mut(|cluster| {
             cluster.last_node += 1;
@@ -60,7 +60,7 @@ impl State {
         if host.capacity.vcpus > 1 << 16 || host.capacity.memory_bytes > 1 << 50 || host.capacity.disk_bytes > 1 << 60 {
             return Err(check::invalid("capacity", format!("{:?}", host.capacity), "what a host can have"));
         }
-        let before = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
+        let before = self.nodes.get(&id).ok_or_else(|| check::missing(Noun::Node, id))?;
         let known = before.state != NodeState::Joined;
         let moved = known && (before.address != host.address || before.underlay != host.underlay);
         let incarnation = before.incarnation + 1;
@@ -90,7 +90,7 @@ impl State {
     }
 
     pub(super) fn set_node_silent(&mut self, m: Moment, id: NodeId, incarnation: u64, silent: bool) -> Applied {
-        let node = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
+        let node = self.nodes.get(&id).ok_or_else(|| check::missing(Noun::Node, id))?;
         if node.incarnation != incarnation || matches!(node.state, NodeState::Joined | NodeState::Lost) {
             return Err(Rejection::Stale(format!("{id} is at incarnation {}, not {incarnation}", node.incarnation)));
         }
@@ -109,11 +109,11 @@ impl State {
     }
 
     pub(super) fn forget_node(&mut self, m: Moment, id: NodeId, force: bool) -> Applied {
-        let node = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
+        let node = self.nodes.get(&id).ok_or_else(|| check::missing(Noun::Node, id))?;
         let name = node.name.clone();
         let machines: Vec<_> = self.vms_on_node(id).cloned().collect();
         if !machines.is_empty() && !force {
-            return Err(check::in_use("node", &name, format!("{} machines are on it", machines.len())));
+            return Err(check::in_use(Noun::Node, &name, format!("{} machines are on it", machines.len())));
         }
         for mut vm in machines {
             if vm.ghost || vm.wanted == Wanted::Deleted {
@@ -142,6 +142,6 @@ impl State {
     }
 
     fn changed_node(&mut self, id: NodeId, change: impl FnOnce(&mut Node)) -> Applied {
-        self.nodes.update(&id, change).map(|()| Reply::Done).ok_or_else(|| check::missing("node", id))
+        self.nodes.update(&id, change).map(|()| Reply::Done).ok_or_else(|| check::missing(Noun::Node, id))
     }
 }

@@ -2,8 +2,8 @@
 
 use super::{Applied, Moment, check};
 use crate::{
-    Actor, Capacity, Digest, JoinRole, JoinToken, Quota, Rejection, Reply, Role, State, Template, Tenant, TenantId,
-    Timestamp, User, setting,
+    Actor, Capacity, Digest, JoinRole, JoinToken, Noun, Quota, Rejection, Reply, Role, State, Template, Tenant,
+    TenantId, Timestamp, User, setting,
 };
 
 /// Less memory boots nothing.
@@ -17,7 +17,7 @@ impl State {
         check::label("name", name)?;
         check::not_an_id::<TenantId>("name", name)?;
         if self.tenant_named(name).is_some() {
-            return Err(check::exists("tenant", name));
+            return Err(check::exists(Noun::Tenant, name));
         }
         let id = self.cluster_mut(|cluster| {
             cluster.last_tenant += 1;
@@ -29,22 +29,21 @@ impl State {
 
     pub(super) fn set_quota(&mut self, id: TenantId, quota: Quota) -> Applied {
         let changed = self.tenants.update(&id, |tenant| tenant.quota = quota);
-        changed.map(|()| Reply::Done).ok_or_else(|| check::missing("tenant", id))
+        changed.map(|()| Reply::Done).ok_or_else(|| check::missing(Noun::Tenant, id))
     }
 
     pub(super) fn delete_tenant(&mut self, id: TenantId) -> Applied {
-        let tenant = self.tenants.get(&id).ok_or_else(|| check::missing("tenant", id))?;
+        let tenant = self.tenants.get(&id).ok_or_else(|| check::missing(Noun::Tenant, id))?;
         let usage = self.usage(id);
-        let tags = self.tags.range((id, String::new())..).take_while(|((tenant, _), _)| *tenant == id).count();
         let users = self.users.values().filter(|user| user.role == Role::Member(id)).count();
         let images = self.images.values().filter(|image| image.tenant == id).count();
         let ghosts = self.vms.values().filter(|vm| vm.tenant == id && vm.ghost).count();
-        if usage.vms as usize + usage.networks as usize + images + tags + users + ghosts > 0 {
+        if usage.vms as usize + usage.networks as usize + images + usage.tags as usize + users + ghosts > 0 {
             let by = format!(
-                "{} machines ({ghosts} more still held by hosts), {} networks, {images} images, {tags} tags, {users} users",
-                usage.vms, usage.networks
+                "{} machines ({ghosts} more still held by hosts), {} networks, {images} images, {} tags, {users} users",
+                usage.vms, usage.networks, usage.tags
             );
-            return Err(check::in_use("tenant", &tenant.name, by));
+            return Err(check::in_use(Noun::Tenant, &tenant.name, by));
         }
         self.remove_tenant(id);
         Ok(Reply::Done)
@@ -53,15 +52,15 @@ impl State {
     pub(super) fn create_user(&mut self, m: Moment, name: &str, role: Role, token: Digest) -> Applied {
         check::dotted("name", name)?;
         if self.users.contains(&name.to_owned()) {
-            return Err(check::exists("user", name));
+            return Err(check::exists(Noun::User, name));
         }
         if let Role::Member(tenant) = role
             && !self.tenants.contains(&tenant)
         {
-            return Err(check::missing("tenant", tenant));
+            return Err(check::missing(Noun::Tenant, tenant));
         }
         if self.user_of_token(&token).is_some() {
-            return Err(check::exists("user", "with this token"));
+            return Err(check::exists(Noun::User, "with this token"));
         }
         self.put_user(User { name: name.into(), role, token, created_at: m.now });
         Ok(Reply::Done)
@@ -69,10 +68,10 @@ impl State {
 
     pub(super) fn delete_user(&mut self, m: Moment, name: &str) -> Applied {
         if !self.users.contains(&name.to_owned()) {
-            return Err(check::missing("user", name));
+            return Err(check::missing(Noun::User, name));
         }
         if matches!(m.actor, Actor::User { name: own, .. } if own == name) {
-            return Err(check::in_use("user", name, "it is the one that asks".into()));
+            return Err(check::in_use(Noun::User, name, "it is the one that asks".into()));
         }
         self.remove_user(name);
         Ok(Reply::Done)
@@ -83,7 +82,7 @@ impl State {
         check::size(size, LEAST_MEMORY_BYTES)?;
         check::between("weight_milli", weight_milli, 0, 1_000_000)?;
         if self.templates.contains(&name.to_owned()) {
-            return Err(check::exists("template", name));
+            return Err(check::exists(Noun::Template, name));
         }
         self.templates.put(name.into(), Template { name: name.into(), size, weight_milli });
         Ok(Reply::Done)
@@ -91,16 +90,19 @@ impl State {
 
     pub(super) fn delete_template(&mut self, name: &str) -> Applied {
         if !self.templates.contains(&name.to_owned()) {
-            return Err(check::missing("template", name));
+            return Err(check::missing(Noun::Template, name));
         }
         self.drop_template(name);
         Ok(Reply::Done)
     }
 
-    pub(super) fn set_setting(&mut self, name: &str, value: u64) -> Applied {
-        let setting = setting::find(name).ok_or_else(|| check::missing("setting", name))?;
+    pub(super) fn set_setting(&mut self, m: Moment, name: &str, value: u64) -> Applied {
+        let setting = setting::find(name).ok_or_else(|| check::missing(Noun::Setting, name))?;
         check::between(setting.name, value, setting.min, setting.max)?;
         self.settings.put(name.into(), value);
+        if setting::BILLED_BY.contains(&setting.name) {
+            self.weigh_anew(m.now);
+        }
         Ok(Reply::Done)
     }
 
@@ -140,6 +142,6 @@ impl State {
     }
 
     pub(super) fn visible_tenant(&self, m: Moment, id: TenantId) -> Result<&Tenant, Rejection> {
-        self.tenants.get(&id).filter(|_| m.may_see(id)).ok_or_else(|| check::missing("tenant", id))
+        self.tenants.get(&id).filter(|_| m.may_see(id)).ok_or_else(|| check::missing(Noun::Tenant, id))
     }
 }

@@ -1,15 +1,15 @@
 //! What the planners propose about machines; everything they assumed is checked again here.
 
 use super::{Applied, Moment, check};
-use crate::{Node, NodeId, NodeState, Phase, Placement, Rejection, Reply, State, Status, VmId, Wanted, setting};
+use crate::{Node, NodeId, NodeState, Noun, Phase, Placement, Rejection, Reply, State, Status, VmId, Wanted, setting};
 
 impl State {
     pub(super) fn place_vm(&mut self, m: Moment, id: VmId, node: NodeId) -> Applied {
-        let vm = self.vms.get(&id).ok_or_else(|| check::missing("vm", id))?;
+        let vm = self.vms.get(&id).ok_or_else(|| check::missing(Noun::Vm, id))?;
         if !vm.wants_host() {
             return Err(Rejection::Stale(format!("{id} does not wait for a node")));
         }
-        let host = self.nodes.get(&node).ok_or_else(|| check::missing("node", node))?;
+        let host = self.nodes.get(&node).ok_or_else(|| check::missing(Noun::Node, node))?;
         self.has_room(host, vm.size)?;
         let mut vm = vm.clone();
         vm.placement = Some(Placement { node, epoch: m.index });
@@ -49,7 +49,7 @@ impl State {
     }
 
     pub(super) fn defer_vm(&mut self, id: VmId, reason: &str) -> Applied {
-        let vm = self.vms.get(&id).ok_or_else(|| check::missing("vm", id))?;
+        let vm = self.vms.get(&id).ok_or_else(|| check::missing(Noun::Vm, id))?;
         if !vm.wants_host() {
             return Err(Rejection::Stale(format!("{id} does not wait for a node")));
         }
@@ -60,7 +60,7 @@ impl State {
     }
 
     pub(super) fn retry_vm(&mut self, m: Moment, id: VmId) -> Applied {
-        let vm = self.vms.get(&id).ok_or_else(|| check::missing("vm", id))?;
+        let vm = self.vms.get(&id).ok_or_else(|| check::missing(Noun::Vm, id))?;
         if vm.retry_at.is_none_or(|at| at > m.now) {
             return Err(Rejection::Stale(format!("{id} is not due for another try")));
         }
@@ -72,7 +72,7 @@ impl State {
     }
 
     pub(super) fn expire_vm(&mut self, m: Moment, id: VmId) -> Applied {
-        let vm = self.vms.get(&id).ok_or_else(|| check::missing("vm", id))?;
+        let vm = self.vms.get(&id).ok_or_else(|| check::missing(Noun::Vm, id))?;
         if vm.deadline.is_none_or(|deadline| deadline > m.now) {
             return Err(Rejection::Stale(format!("{id} is within its deadline")));
         }

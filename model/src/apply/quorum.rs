@@ -2,7 +2,8 @@
 
 use super::{Applied, Moment, check};
 use crate::{
-    Capacity, Controller, ControllerId, Digest, JoinRole, Rejection, Reply, Role, State, Template, Timestamp, User,
+    Capacity, Controller, ControllerId, Digest, JoinRole, Noun, Rejection, Reply, Role, State, Template, Timestamp,
+    User,
 };
 
 /// The price of weight 1 for an hour until an operator sets another: a hundredth of a unit.
@@ -19,7 +20,7 @@ const FIRST_TEMPLATES: [(&str, u64, u64, u64, u64); 4] = [
 impl State {
     pub(super) fn found(&mut self, m: Moment, cluster: &str, first: (&str, &str), operator: (&str, Digest)) -> Applied {
         if !self.controllers.is_empty() {
-            return Err(check::exists("cluster", &self.cluster().id));
+            return Err(check::exists(Noun::Cluster, &self.cluster().id));
         }
         check::label("cluster", cluster)?;
         check::dotted("operator", operator.0)?;
@@ -50,7 +51,7 @@ impl State {
         check::label("name", name)?;
         check::line("address", address, 300)?;
         match self.controllers.values().find(|c| !c.removed && c.address == address) {
-            Some(other) => Err(check::in_use("address", address, format!("{} ({}) has it", other.id, other.name))),
+            Some(other) => Err(check::in_use(Noun::Address, address, format!("{} ({}) has it", other.id, other.name))),
             None => Ok(()),
         }
     }
@@ -68,6 +69,6 @@ impl State {
 
     pub(super) fn retire_controller(&mut self, id: ControllerId) -> Applied {
         let retired = self.controllers.update(&id, |controller| controller.removed = true);
-        retired.map(|()| Reply::Done).ok_or_else(|| check::missing("controller", id))
+        retired.map(|()| Reply::Done).ok_or_else(|| check::missing(Noun::Controller, id))
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Applied, Moment};
 use crate::{
-    NodeId, NodeState, Phase, Rejection, ReplicaState, Reply, State, Vm, Wanted,
+    NodeId, NodeState, Noun, Phase, Rejection, ReplicaState, Reply, State, Vm, Wanted,
     command::{ImageReport, VmReport},
     setting,
 };
@@ -112,8 +112,10 @@ impl State {
                 let mut image = image.clone();
                 match (state, report.good) {
                     (Some(ReplicaState::Wanted), true) => image.replicas.insert(node, ReplicaState::Good),
-                    (Some(_), false) => image.replicas.remove(&node),
-                    (Some(ReplicaState::Good), true) | (None, _) => continue,
+                    (Some(ReplicaState::Wanted | ReplicaState::Good), false) => {
+                        image.replicas.insert(node, ReplicaState::Lost(m.now))
+                    }
+                    (Some(ReplicaState::Good), true) | (Some(ReplicaState::Lost(_)) | None, _) => continue,
                 };
                 self.put_image(image);
                 self.renumber_node(node);
@@ -136,7 +138,7 @@ impl State {
         if *m.actor != crate::Actor::Node(id) {
             return Err(m.forbidden());
         }
-        let node = self.nodes.get(&id).ok_or_else(|| super::check::missing("node", id))?;
+        let node = self.nodes.get(&id).ok_or_else(|| super::check::missing(Noun::Node, id))?;
         if node.state == NodeState::Lost {
             return Err(Rejection::Stale(format!("{id} was declared lost and has to attach again")));
         }

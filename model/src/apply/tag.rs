@@ -1,7 +1,7 @@
 //! Tags: a tenant's own small values, written by compare and set.
 
 use super::{Applied, Moment, check};
-use crate::{Rejection, Reply, State, Tag, TenantId};
+use crate::{Noun, Rejection, Reply, State, Tag, TenantId, setting};
 
 const MOST_KEY_BYTES: usize = 256;
 const MOST_VALUE_BYTES: usize = 4096;
@@ -19,10 +19,15 @@ impl State {
         if !value.is_empty() {
             check::line("value", value, MOST_VALUE_BYTES)?;
         }
-        self.visible_tenant(m, tenant)?;
+        let owner = self.visible_tenant(m, tenant)?;
         let key = (tenant, key.to_owned());
+        let (limit, used) = (self.setting(setting::TENANT_TAGS), self.usage(tenant).tags);
+        if used >= limit && !self.tags.contains(&key) {
+            let (tenant, what) = (owner.name.clone(), "tags".into());
+            return Err(Rejection::Quota { tenant, what, limit, used, asked: 1 });
+        }
         self.expect_version(&key, expected)?;
-        self.tags.put(key, Tag { value: value.into(), version: m.index });
+        self.put_tag(key, Tag { value: value.into(), version: m.index });
         Ok(Reply::Version(m.index))
     }
 
@@ -30,7 +35,7 @@ impl State {
         self.visible_tenant(m, tenant)?;
         let key = (tenant, key.to_owned());
         if !self.tags.contains(&key) {
-            return Err(check::missing("tag", &key.1));
+            return Err(check::missing(Noun::Tag, &key.1));
         }
         self.expect_version(&key, expected)?;
         self.drop_tag(&key);

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use super::{Applied, Moment, check};
 use crate::{
-    Capacity, ImageId, Mac, Network, NetworkId, Nic, Phase, Recovery, Rejection, Reply, State, Status, TenantId,
+    Capacity, ImageId, Mac, Network, NetworkId, Nic, Noun, Phase, Recovery, Rejection, Reply, State, Status, TenantId,
     Timestamp, Vm, VmId, Wanted, setting,
 };
 
@@ -29,14 +29,14 @@ impl State {
         check::user_data(order.user_data)?;
         let owner = self.visible_tenant(m, tenant)?;
         if self.vm_named(tenant, order.name).is_some() {
-            return Err(check::exists("vm", order.name));
+            return Err(check::exists(Noun::Vm, order.name));
         }
         let image = self.images.get(&order.image).filter(|image| image.tenant == tenant || m.may_see(image.tenant));
-        let image = image.ok_or_else(|| check::missing("image", order.image))?;
+        let image = image.ok_or_else(|| check::missing(Noun::Image, order.image))?;
         let template = self.templates.get(&order.template.to_owned());
-        let template = template.ok_or_else(|| check::missing("template", order.template))?;
+        let template = template.ok_or_else(|| check::missing(Noun::Template, order.template))?;
         let network = self.networks.get(&order.network).filter(|network| network.tenant == tenant);
-        let network = network.ok_or_else(|| check::missing("network", order.network))?;
+        let network = network.ok_or_else(|| check::missing(Noun::Network, order.network))?;
         let size = Capacity { disk_bytes: template.size.disk_bytes.max(image.virtual_bytes), ..template.size };
         self.within_quota(owner.id, &owner.name, owner.quota, size)?;
         let ip = self.free_address(network)?;
@@ -171,7 +171,7 @@ impl State {
     }
 
     pub(super) fn visible_vm(&self, m: Moment, id: VmId) -> Result<&Vm, Rejection> {
-        self.vms.get(&id).filter(|vm| m.may_see(vm.tenant) && !vm.ghost).ok_or_else(|| check::missing("vm", id))
+        self.vms.get(&id).filter(|vm| m.may_see(vm.tenant) && !vm.ghost).ok_or_else(|| check::missing(Noun::Vm, id))
     }
 
     /// One that can still be asked for something.

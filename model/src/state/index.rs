@@ -7,8 +7,8 @@ use std::{
 
 use super::State;
 use crate::{
-    Capacity, Digest, Image, ImageId, Network, NetworkId, Node, NodeId, NodeState, Remembered, RequestId, Tenant,
-    TenantId, Timestamp, User, Vm, VmId,
+    Capacity, Digest, Image, ImageId, Meter, Network, NetworkId, Node, NodeId, NodeState, Remembered, RequestId,
+    Resource, Tenant, TenantId, Timestamp, User, Vm, VmId,
 };
 
 /// Derived from the rows; equal indexes follow from equal rows.
@@ -31,6 +31,7 @@ pub struct Index {
     pub(crate) network_nodes: BTreeMap<NetworkId, BTreeMap<NodeId, u32>>,
     pub(crate) reserved: BTreeMap<NodeId, Capacity>,
     pub(crate) usage: BTreeMap<TenantId, Usage>,
+    pub(crate) meters_by_tenant: BTreeMap<TenantId, BTreeSet<Resource>>,
     /// Machines that want a host and may have one now, in the order in which they get it: by priority, then age.
     pub(crate) unplaced: BTreeSet<(Reverse<u8>, VmId)>,
     pub(crate) lost_nodes: BTreeSet<NodeId>,
@@ -48,7 +49,9 @@ pub struct Usage {
     pub size: Capacity,
     pub networks: u64,
     pub image_bytes: u64,
+    pub tags: u64,
 }
+
 impl Index {
     pub(super) fn of(state: &State) -> Self {
         let mut index = Self::default();
@@ -58,6 +61,8 @@ impl Index {
         state.networks.values().for_each(|row| index.add_network(row));
         state.images.values().for_each(|row| index.add_image(row));
         state.vms.values().for_each(|row| index.add_vm(row));
+        state.tags.iter().for_each(|((tenant, _), _)| index.add_tag(*tenant));
+        state.meters.values().for_each(|row| index.add_meter(row));
         state.requests.iter().for_each(|(id, row)| index.add_request(*id, row));
         index
     }
@@ -89,10 +94,16 @@ impl Index {
         for node in row.replicas.keys() {
             self.images_by_node.entry(*node).or_default().insert(row.id);
         }
-        if row.replicas.len() < row.wanted_replicas as usize {
+        if row.keepers().count() < row.wanted_replicas as usize {
             self.thin_images.insert(row.id);
         }
         self.usage.entry(row.tenant).or_default().image_bytes += row.size_bytes;
+    }
+    pub(super) fn add_tag(&mut self, tenant: TenantId) {
+        self.usage.entry(tenant).or_default().tags += 1;
+    }
+    pub(super) fn add_meter(&mut self, row: &Meter) {
+        self.meters_by_tenant.entry(row.tenant).or_default().insert(row.resource);
     }
     pub(super) fn add_vm(&mut self, vm: &Vm) {
         if !vm.ghost {

@@ -313,7 +313,7 @@ impl Source {
     fn office(&mut self, state: &State, r: &mut Reader) -> Entry {
         let (now, tenant) = (state.now(), TenantId(1 + r.below(3) as u64));
         let quota = |vms| Quota { vms, ..state.tenants().get(&TenantId(1)).map_or(NOTHING, |tenant| tenant.quota) };
-        let command = match r.below(12) {
+        let command = match r.below(14) {
             0..=3 => {
                 let from =
                     [Timestamp::default(), now.plus_millis(r.below(5_000_000) as u64), Timestamp(1)][r.below(6) / 2];
@@ -332,6 +332,11 @@ impl Source {
                 OperatorCommand::SetSetting { name: setting::OVERCOMMIT_CPU.into(), value: [1000, 4000, 1][r.below(3)] }
             }
             10 => OperatorCommand::SetSetting { name: setting::VM_ATTEMPTS.into(), value: r.below(4) as u64 },
+            11 => {
+                let names = [setting::BILL_RUNNING, setting::BILL_STOPPED, setting::BILL_IMAGE];
+                OperatorCommand::SetSetting { name: names[r.below(3)].into(), value: r.below(4) as u64 * 700 }
+            }
+            12 => OperatorCommand::SetSetting { name: setting::TENANT_TAGS.into(), value: r.below(4) as u64 },
             _ => OperatorCommand::DeleteTemplate { name: "enhanced".into() },
         };
         self.operator(command)

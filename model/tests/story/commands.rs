@@ -277,6 +277,15 @@ impl Story {
             "suspend" => power(self, Wanted::Suspended)?,
             "stop" => power(self, Wanted::Stopped)?,
             "reboot" => TenantCommand::RebootVm { vm: self.machine(noun)? },
+            "tag" => {
+                let (tenant, key) = self.owned(noun)?;
+                let (key, value) = (key.into(), line.word(2)?.into());
+                TenantCommand::SetTag { tenant, key, value, expected: None }
+            }
+            "untag" => {
+                let (tenant, key) = self.owned(noun)?;
+                TenantCommand::DeleteTag { tenant, key: key.into(), expected: None }
+            }
             "delete" => TenantCommand::DeleteVm { vm: self.machine(noun)?, force: line.has("force") },
             other => return Err(format!("'{other}' is no command")),
         };

@@ -21,7 +21,12 @@ pub fn picture(state: &State) -> Picture {
     for image in state.images().values() {
         let name = |node: &NodeId| state.nodes().get(node).map_or_else(|| node.to_string(), |node| node.name.clone());
         let kept = |(node, replica): (&NodeId, &ReplicaState)| {
-            format!("{} {}", name(node), format!("{replica:?}").to_lowercase())
+            let state = match replica {
+                ReplicaState::Wanted => "wanted",
+                ReplicaState::Good => "good",
+                ReplicaState::Lost(_) => "lost",
+            };
+            format!("{} {state}", name(node))
         };
         let replicas: Vec<String> = image.replicas.iter().map(kept).collect();
         let line = format!("{} {} of {}: {}", image.id, image.name, image.wanted_replicas, replicas.join(", "));
