@@ -144,6 +144,15 @@ impl Stage {
         self.client.mutate(new_request_id(), body, call).await
     }
 
+    /// What `agent join` of another host says; it is not run.
+    pub fn join_host(&self, name: &str, token: &str) -> Output {
+        let data = self.folder().join(name).display().to_string();
+        let address = format!("127.0.0.1:{}", jepsen::cluster::free_port().expect("a port is free"));
+        let place = ["agent", "join", "--data", &data, "--name", name, "--listen", &address, "--advertise", &address];
+        let kind = ["--underlay", "127.0.0.1", "--hypervisor", "simulated", "--token", token, "--output", "json"];
+        self.trefoil(&[&place[..], &kind].concat())
+    }
+
     /// Waits until the machine has this status.
     pub async fn vm_is(&self, name: &str, status: &str) -> Vm {
         let what = format!("machine '{name}' is {status}");

@@ -134,6 +134,20 @@ async fn members_are_added_removed_and_leadership_is_handed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_check_of_a_sound_state_says_so() {
+    let stage = Stage::furnished(1).await;
+    stage.create_vm("web", "tiny").await.unwrap();
+    stage.vm_is("web", "running").await;
+    let checked = stage.trefoil_ok(&["quorum", "check"]);
+    assert!(checked["rules"].as_u64().is_some_and(|rules| rules >= 9), "{checked}");
+    assert_eq!(checked["broken"].as_array().map(Vec::len), Some(0), "{checked}");
+    assert!(checked["read_at"]["index"].as_u64().is_some_and(|index| index > 0), "{checked}");
+    let told = stage.trefoil(&["quorum", "check", "--output", "table"]);
+    assert!(String::from_utf8_lossy(&told.stdout).starts_with("OK: all "), "{told:?}");
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_polite_stop_hands_leadership_over_first() {
     let mut stage = Stage::set(0).await;
     let before = stage.cluster.status(0).await.expect("an answer").term;
