@@ -5,7 +5,7 @@ use model::{Image, Network, Node, Noun, Rejection, Role, State, Tenant, Vm};
 
 use crate::access::Caller;
 
-fn missing(noun: Noun, name: &str) -> ApiError {
+pub(crate) fn missing(noun: Noun, name: &str) -> ApiError {
     Rejection::NotFound { noun, name: shown(name) }.into()
 }
 

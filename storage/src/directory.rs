@@ -1,8 +1,9 @@
 //! Files and directories that survive a power cut: write, sync, rename, sync the directory.
 
 use std::{
-    fs::{self, File},
+    fs::{self, DirBuilder, File},
     io::Write,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
@@ -13,12 +14,12 @@ pub fn sync_directory(path: &Path) -> Result<(), StorageError> {
     File::open(path).and_then(|d| d.sync_all()).map_err(StorageError::file(path))
 }
 
-/// Creates a directory if need be, durably.
+/// Creates a directory if need be, durably, and for its owner alone: what tenants told the cloud is in it.
 pub fn create_directory(path: &Path) -> Result<(), StorageError> {
     if path.is_dir() {
         return Ok(());
     }
-    fs::create_dir_all(path).map_err(StorageError::file(path))?;
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(StorageError::file(path))?;
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
         _ => Ok(()),
@@ -56,4 +57,22 @@ pub fn entries(path: &Path) -> Result<Vec<(String, PathBuf)>, StorageError> {
             .collect()
     };
     list().map_err(StorageError::file(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_directory_is_for_its_owner_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("outer/inner");
+        create_directory(&path).unwrap();
+        create_directory(&path).unwrap();
+        for made in [root.path().join("outer"), path] {
+            assert_eq!(fs::metadata(made).unwrap().permissions().mode() & 0o777, 0o700);
+        }
+    }
 }

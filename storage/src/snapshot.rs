@@ -197,7 +197,7 @@ impl Snapshot {
     /// Makes `path` a directory that RocksDB may open and change: tables are linked, because they never change; the
     /// few small files that may are copied.
     pub(crate) fn link_into(&self, path: &Path) -> Result<(), StorageError> {
-        fs::create_dir(path).map_err(StorageError::file(path))?;
+        directory::create_directory(path)?;
         for file in &self.inner.manifest.files {
             let (from, to) = (self.inner.path.join(&file.name), path.join(&file.name));
             if file.name.ends_with(".sst") {

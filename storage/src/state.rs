@@ -232,6 +232,7 @@ pub struct Marks {
 impl Tables {
     fn open(data: &Path, number: u64) -> Result<Self, StorageError> {
         let path = state_path(data, number);
+        directory::create_directory(&path)?;
         Ok(Self::new(database::open_state(&path)?, path, number))
     }
 

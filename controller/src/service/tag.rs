@@ -3,7 +3,7 @@
 use std::ops::Bound;
 
 use api::{error::ApiError, proto};
-use model::{Command, Rejection, Reply, State, TenantCommand};
+use model::{Command, Noun, Reply, State, TenantCommand};
 use tonic::Request;
 
 use super::{Service, page};
@@ -25,7 +25,7 @@ impl Service {
         let look = |state: &State| {
             let tenant = name::tenant(state, &caller, &body.tenant)?.id;
             let tag = state.tags().get(&(tenant, body.key.clone())).cloned();
-            tag.ok_or_else(|| Rejection::NotFound { noun: model::Noun::Tag, name: body.key.clone() }.into())
+            tag.ok_or_else(|| name::missing(Noun::Tag, &body.key))
         };
         let (tag, read_at) = self.core.read(body.stale.into(), look).await?;
         tag.map(|tag| proto::Tag { key: body.key, value: tag.value, version: tag.version, read_at: Some(read_at) })

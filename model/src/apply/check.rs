@@ -8,8 +8,12 @@ pub const MAX_USER_DATA_BYTES: usize = 16 << 10;
 const SHOWN: usize = 80;
 
 pub(super) fn invalid(field: &str, value: impl ToString, allowed: impl Into<String>) -> Rejection {
-    let value: String = value.to_string().chars().take(SHOWN).map(|c| if c.is_control() { '?' } else { c }).collect();
-    Rejection::Invalid { field: field.into(), value, allowed: allowed.into() }
+    Rejection::Invalid { field: field.into(), value: shown(value), allowed: allowed.into() }
+}
+
+/// What a refusal repeats of what was typed: it ends on somebody's terminal.
+fn shown(value: impl ToString) -> String {
+    value.to_string().chars().take(SHOWN).map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// A DNS label, because names become host names of guests.
@@ -85,7 +89,7 @@ pub(super) fn user_data(text: &str) -> Result<(), Rejection> {
 }
 
 pub(super) fn missing(noun: Noun, name: impl ToString) -> Rejection {
-    Rejection::NotFound { noun, name: name.to_string() }
+    Rejection::NotFound { noun, name: shown(name) }
 }
 
 pub(super) fn exists(noun: Noun, name: &str) -> Rejection {
