@@ -28,7 +28,8 @@ impl Voice {
         let node = serde_json::from_value(member["node"].clone()).unwrap();
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
-        let beat = Beat { node, incarnation: 0, seq: 0, boottime_nanos: 1, nonce: 0, status: None };
+        let beat =
+            Beat { node, incarnation: 0, seq: 0, boottime_nanos: 1, nonce: 0, unanswered_millis: 0, status: None };
         Self { socket, key: BeatKey(key), beat }
     }
 

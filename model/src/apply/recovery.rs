@@ -1,11 +1,11 @@
 //! Hosts that are lost, and what becomes of the machines on them.
 
 use super::{Applied, Moment, check};
-use crate::{Brake, Loss, Node, NodeId, NodeState, Phase, Rejection, Reply, State, VmId, Wanted, setting};
+use crate::{Brake, Loss, Node, NodeId, NodeState, Noun, Phase, Rejection, Reply, State, VmId, Wanted, setting};
 
 impl State {
     pub(super) fn declare_lost(&mut self, m: Moment, id: NodeId, incarnation: u64) -> Applied {
-        let node = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
+        let node = self.nodes.get(&id).ok_or_else(|| check::missing(Noun::Node, id))?;
         if node.incarnation != incarnation || !matches!(node.state, NodeState::Up | NodeState::Silent) {
             return Err(Rejection::Stale(format!("{id} is at incarnation {}, not {incarnation}", node.incarnation)));
         }
@@ -32,17 +32,17 @@ impl State {
     }
 
     pub(super) fn maintain_node(&mut self, id: NodeId, maintenance: bool) -> Applied {
-        let node = self.nodes.get(&id).ok_or_else(|| check::missing("node", id))?;
+        let node = self.nodes.get(&id).ok_or_else(|| check::missing(Noun::Node, id))?;
         self.put_node(Node { maintenance, ..node.clone() });
         Ok(Reply::Done)
     }
 
     /// Machines that move lose their place and wait for another; the others wait for their host.
     pub(super) fn recover_vm(&mut self, m: Moment, id: VmId, epoch: u64) -> Applied {
-        let vm = self.vms.get(&id).ok_or_else(|| check::missing("vm", id))?;
+        let vm = self.vms.get(&id).ok_or_else(|| check::missing(Noun::Vm, id))?;
         let placement = vm.placement.filter(|placement| placement.epoch == epoch);
         let placement = placement.ok_or_else(|| Rejection::Stale(format!("{id} is not placed by {epoch}")))?;
-        let node = self.nodes.get(&placement.node).ok_or_else(|| check::missing("node", placement.node))?;
+        let node = self.nodes.get(&placement.node).ok_or_else(|| check::missing(Noun::Node, placement.node))?;
         if let Some(why) = self.recovery_is_halted(node) {
             return Err(Rejection::Halted(why));
         }
