@@ -250,6 +250,8 @@ where
     let mut backoff = FIRST_BACKOFF;
     // Once the outcome of one attempt is unknown, a later "not done" says nothing about that one.
     let mut perhaps_done = false;
+    // What a controller said of the cloud says more than that another one was silent.
+    let mut said = None;
     for index in 0.. {
         let left = give_up.saturating_duration_since(Instant::now());
         let error = match attempt(index, left.min(ATTEMPT_TIMEOUT)).await {
@@ -258,10 +260,13 @@ where
             Err(error) => error,
         };
         perhaps_done |= error.code == "timeout";
+        if matches!(error.code.as_str(), "no-quorum" | "overloaded") {
+            said = Some(error.clone());
+        }
         let round_over = (index + 1) % endpoints == 0;
         let pause = if round_over { backoff } else { Duration::ZERO };
         if Instant::now() + pause >= give_up {
-            return Err(given_up(error, perhaps_done, id));
+            return Err(given_up(said.unwrap_or(error), perhaps_done, id));
         }
         tracing::debug!(code = error.code, %error, attempt = index, "asking the next controller");
         if round_over {
@@ -278,7 +283,7 @@ fn given_up(error: ApiError, perhaps_done: bool, id: Option<RequestId>) -> ApiEr
             "it is not known whether the request was carried out ({error}); asking again with --request-id {id} is safe"
         )),
         // A read that was not answered is not done; there is nothing to be in doubt about.
-        None if perhaps_done => ApiError::new("unavailable", error.message),
+        None if error.code == "timeout" => ApiError::new("unavailable", error.message),
         _ => error,
     }
 }

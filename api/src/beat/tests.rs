@@ -45,8 +45,8 @@ fn a_beat_and_its_ack_arrive_as_they_were_sent() {
 #[test]
 fn the_bytes_of_a_small_beat_do_not_change_between_versions() {
     let datagram = encode(&beat(1, 7), &key(0)).unwrap();
-    assert_eq!(datagram[..17], [b'T', b'B', b'1', 1, 3, 0, 0, 0, 0, 0, 0, 0, 2, 1, 9, 7, 0]);
-    assert_eq!(datagram.len(), 12 + 5 + 32);
+    assert_eq!(datagram[..18], [b'T', b'B', b'1', 1, 3, 0, 0, 0, 0, 0, 0, 0, 2, 1, 9, 7, 0, 0]);
+    assert_eq!(datagram.len(), 12 + 6 + 32);
 }
 
 #[test]

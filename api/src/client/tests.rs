@@ -47,7 +47,11 @@ async fn giving_up_says_whether_it_may_have_happened() {
     assert!(error.message.contains(&RequestId(1).to_string()), "{error}");
 
     let (outcome, _) = run(None, SHORT, &answers).await;
-    assert_eq!(outcome.unwrap_err().kind, ErrorKind::Unavailable, "a read is never in doubt");
+    assert_eq!(outcome.unwrap_err().code, "no-quorum", "a read is never in doubt");
+    let (outcome, _) = run(None, SHORT, &[Err("no-quorum"), Err("timeout")]).await;
+    assert_eq!(outcome.unwrap_err().code, "no-quorum", "that another one was silent says less");
+    let (outcome, _) = run(None, SHORT, &[Err("timeout")]).await;
+    assert_eq!(outcome.unwrap_err().kind, ErrorKind::Unavailable);
 
     let (outcome, attempts) = run(Some(RequestId(1)), SHORT, &[Err("no-quorum")]).await;
     assert_eq!(outcome.unwrap_err().code, "no-quorum");
