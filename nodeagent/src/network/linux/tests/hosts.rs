@@ -112,11 +112,6 @@ impl Host {
         self.run(move || async move { shell(&script) })
     }
 
-    /// The process that gives leases in network `vni`.
-    pub fn dhcp_server(&self, vni: u32) -> String {
-        self.shell(&format!("cat /run/trefoil/network/{vni}/pid"))
-    }
-
     /// Whether the gateway's MAC address was ever heard through the tunnel.
     pub fn heard_a_gateway_over_the_tunnel(&self, vni: u32) -> bool {
         let mac = self.shell(&format!("ip -n tf-{vni} -br link show eth0 | awk '{{print $3}}'"));
