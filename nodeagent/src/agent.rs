@@ -155,6 +155,7 @@ pub async fn run_in(
         cluster: member.cluster.clone(),
         node: member.node,
         identity: member.identity.clone(),
+        data: config.data.clone(),
         underlay: config.underlay,
         hypervisor: hypervisor.clone(),
         network,

@@ -1,4 +1,5 @@
-//! What the agent serves to controllers and other agents: image bytes in and out, and the end of a guest's console.
+//! What the agent serves to controllers and other agents: image bytes in and out, the end of a guest's console, and what
+//! was set aside.
 //!
 //! Only holders of a certificate of this cloud that is a controller's or a node's get an answer. Deliberately not
 //! here: deciding who may have which image; a controller asked for it.
@@ -8,8 +9,8 @@ use std::{io::Read, io::Seek, io::SeekFrom, pin::Pin, sync::Arc};
 use api::{
     error::ApiError,
     proto::{
-        Chunk, ConsoleLogReply, Done, GetImageBytesRequest, GuestConsoleLogRequest, PutImageRequest,
-        node_data_server::NodeData, put_image_request::Part,
+        Chunk, ConsoleLogReply, Done, GetImageBytesRequest, GuestConsoleLogRequest, ListQuarantineReply,
+        ListQuarantineRequest, PutImageRequest, QuarantineEntry, node_data_server::NodeData, put_image_request::Part,
     },
     tls::peer_identity,
 };
@@ -26,6 +27,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     host::Host,
+    hypervisor::quarantine::{self, SetAside},
     images::{CHUNK_BYTES, CHUNKS_UNDER_WAY, IDLE_TIMEOUT, TransferError, begin, finish, receive},
 };
 
@@ -134,6 +136,27 @@ impl NodeData for DataService {
             Ok(Ok(log)) => Ok(Response::new(ConsoleLogReply { log: log.into() })),
             Ok(Err(error)) => Err(ApiError::new("unavailable", error.to_string()).into()),
             Err(_) => Err(refusal(TransferError::Cancelled)),
+        }
+    }
+
+    async fn list_quarantine(
+        &self,
+        request: Request<ListQuarantineRequest>,
+    ) -> Result<Response<ListQuarantineReply>, Status> {
+        check_peer(&request)?;
+        let data = self.host.data.clone();
+        let listed = spawn_blocking(move || quarantine::list(&data)).await;
+        let listed = listed.map_err(|_| refusal(TransferError::Cancelled))?;
+        let entry = |found: SetAside| QuarantineEntry {
+            vm: found.vm.to_string(),
+            epoch: found.epoch,
+            bytes: found.bytes,
+            path: found.path.display().to_string(),
+            since_seconds: found.since_seconds,
+        };
+        match listed {
+            Ok(listed) => Ok(Response::new(ListQuarantineReply { entries: listed.into_iter().map(entry).collect() })),
+            Err(error) => Err(ApiError::new("unavailable", error.to_string()).into()),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The host's world in one hand: what the executor acts through and the data server serves from.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use api::tls::Identity;
 use model::NodeId;
@@ -12,6 +12,8 @@ pub struct Host {
     pub cluster: String,
     pub node: NodeId,
     pub identity: Identity,
+    /// The data directory.
+    pub data: PathBuf,
     /// Where this host's tunnels end.
     pub underlay: IpAddr,
     pub hypervisor: Arc<dyn Hypervisor>,

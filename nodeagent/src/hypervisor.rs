@@ -20,6 +20,7 @@ pub mod libvirt;
 pub mod migration;
 pub mod moved_xml;
 pub mod qemu_process;
+pub mod quarantine;
 pub mod seed;
 pub mod simulated;
 

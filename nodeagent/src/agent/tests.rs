@@ -14,7 +14,8 @@ use api::{
     beat::{self, Ack, ReplayGuard, Verdict},
     error::ApiError,
     proto::{
-        Chunk, Frame, GetImageBytesRequest, GuestConsoleLogRequest, PutImageHeader, PutImageRequest,
+        Chunk, Frame, GetImageBytesRequest, GuestConsoleLogRequest, ListQuarantineRequest, PutImageHeader,
+        PutImageRequest,
         node_data_client::NodeDataClient,
         node_session_server::{NodeSession, NodeSessionServer},
         put_image_request::Part,
@@ -30,6 +31,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
 use crate::session::LEADER_KEY;
+
+mod lease;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const BASE: &[u8] = b"the bytes of a base image";
@@ -49,6 +52,7 @@ struct Controller(Arc<Played>);
 struct Played {
     address: SocketAddr,
     leads: AtomicBool,
+    grants: AtomicBool,
     acknowledges: AtomicBool,
     incarnation: AtomicU64,
     /// Whom it names when it does not lead.
@@ -67,6 +71,7 @@ impl Controller {
         let controller = Self(Arc::new(Played {
             address,
             leads: AtomicBool::new(true),
+            grants: AtomicBool::new(false),
             acknowledges: AtomicBool::new(true),
             incarnation: AtomicU64::new(id * 100),
             leader: Mutex::default(),
@@ -95,7 +100,7 @@ impl Controller {
                 nonce: guard.nonce(),
                 boottime_nanos: beat.boottime_nanos,
                 leader: true,
-                grant: None,
+                grant: self.0.granted(),
             };
             self.0.beats.lock().unwrap().push((verdict, beat));
             socket.send_to(&beat::encode_ack(&ack, &key).unwrap(), from).await.unwrap();
@@ -149,7 +154,7 @@ impl NodeSession for Controller {
             let incarnation = played.incarnation.fetch_add(1, Ordering::SeqCst);
             let beat_targets = played.targets.lock().unwrap().clone();
             tell(ToAgent::Welcome { incarnation, beat_targets }).await.unwrap();
-            let assignment = played.assignment.lock().unwrap().clone();
+            let assignment = Assignment { incarnation, ..played.assignment.lock().unwrap().clone() };
             tell(ToAgent::Assignment(Box::new(assignment))).await.unwrap();
             loop {
                 let frame = tokio::select! {
@@ -225,6 +230,7 @@ async fn other_host(ca: &CertificateAuthority, dir: &std::path::Path, bytes: Opt
         cluster: "c".into(),
         node: NodeId(2),
         identity: ca.issue("node-2").unwrap(),
+        data: dir.to_owned(),
         underlay: IpAddr::V4(Ipv4Addr::LOCALHOST),
         hypervisor: Arc::new(Simulated::open(simulated).unwrap()),
         network: Arc::new(SimulatedNetwork::new()),
@@ -266,7 +272,7 @@ fn start_agent(
             delay_permille: 0,
             failure_permille: 0,
             seed: 1,
-            effects: None,
+            effects: Some(dir.join("effects")),
         },
         image_reserve_bytes: 0,
     };
@@ -383,6 +389,12 @@ async fn bytes_are_put_and_read_by_parts_of_the_cloud_only() {
     let console = GuestConsoleLogRequest { vm: "vm-1".into(), max_bytes: 10 };
     assert_eq!(ApiError::from(nobody.guest_console_log(console.clone()).await.unwrap_err()).code, "unauthenticated");
     assert!(client("controller-1").guest_console_log(console).await.is_ok());
+    std::fs::create_dir_all(dir.path().join("quarantine/vm-17-4242-1767225600")).unwrap();
+    let quarantine = ListQuarantineRequest {};
+    assert_eq!(ApiError::from(nobody.list_quarantine(quarantine).await.unwrap_err()).code, "unauthenticated");
+    let listed = client("controller-1").list_quarantine(quarantine).await.unwrap().into_inner().entries;
+    let named: Vec<_> = listed.iter().map(|e| (&*e.vm, e.epoch, e.since_seconds)).collect();
+    assert_eq!(named, [("vm-17", 4242, 1_767_225_600)]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

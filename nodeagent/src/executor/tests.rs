@@ -208,6 +208,7 @@ impl World {
             cluster: "c".into(),
             node: NodeId(1),
             identity: CertificateAuthority::create("c").unwrap().issue("node-1").unwrap(),
+            data: self.dir.path().to_owned(),
             underlay: IpAddr::V4(Ipv4Addr::LOCALHOST),
             hypervisor: self.hypervisor.clone(),
             network: self.network.clone(),
