@@ -1,7 +1,10 @@
 //! The host's clocks. Durations that matter are counted on CLOCK_BOOTTIME: it goes on while the machine sleeps and no
 //! administrator can set it. The wall clock only dates what people read.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    fs,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use model::Timestamp;
 use nix::time::{ClockId, clock_gettime};
@@ -21,4 +24,9 @@ pub fn boottime_millis() -> u64 {
 pub fn wall() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// The boot of the machine that `boottime_nanos` counts from: a time of another boot says nothing.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into()
 }

@@ -96,11 +96,15 @@ impl Libvirt {
         probe::try_kind(&self.connection, &self.cluster, self.dirs.root(), kind)
     }
 
-    /// Tried once in the life of the process; an answer that could not be had is asked for again.
+    /// Tried once in a boot of the machine; an answer that could not be had is asked for again. An agent that is started
+    /// again must have its session back within the lease, and the trial of a KVM that does not work takes most of it.
     fn proven_kind(&self) -> Result<HypervisorKind> {
         let _one_at_a_time = lock(&self.trial);
         if let Some(kind) = self.kind.get() {
             return Ok(*kind);
+        }
+        if let Some(kind) = probe::remembered(self.dirs.root()) {
+            return Ok(*self.kind.get_or_init(|| kind));
         }
         let kind = match self.try_kind(HypervisorKind::Kvm)? {
             Ok(()) => HypervisorKind::Kvm,
@@ -110,6 +114,7 @@ impl Libvirt {
             }
         };
         tracing::info!(?kind, "the kind of hypervisor was found by trying");
+        probe::remember(self.dirs.root(), kind)?;
         Ok(*self.kind.get_or_init(|| kind))
     }
 

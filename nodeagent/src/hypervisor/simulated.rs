@@ -22,7 +22,10 @@ use super::{
     job::Job,
     migration::{Destination, Route},
 };
-use crate::lease::{Permit, Verdict};
+use crate::{
+    clock,
+    lease::{Permit, Verdict},
+};
 
 mod backup;
 mod control;
@@ -117,7 +120,7 @@ impl Simulated {
     }
 
     fn end_those_of_an_earlier_boot(&self) -> Result<()> {
-        let boot = record::boot_id();
+        let boot = clock::boot_id();
         let old: Vec<_> = self.lock().guests.values().filter(|g| g.boot != boot).map(|g| g.vm).collect();
         old.into_iter().try_for_each(|vm| self.end(vm, OffReason::Crashed))
     }

@@ -27,6 +27,7 @@ use model::VmId;
 use nix::libc;
 
 use super::{Machine, Permit, Standing};
+use crate::clock;
 
 /// Machines that a permit names. A host with so many has no memory left for each to boot in.
 pub const MOST_MACHINES: usize = 2048;
@@ -201,8 +202,7 @@ fn standing_of(word: u64) -> Standing {
 
 /// This boot of the machine, as a number; never 0, which an empty page has.
 fn boot_number() -> u64 {
-    let id = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let digest = blake3::hash(&id);
+    let digest = blake3::hash(clock::boot_id().as_bytes());
     u64::from_le_bytes(digest.as_bytes()[..8].try_into().unwrap_or_default()) | 1
 }
 

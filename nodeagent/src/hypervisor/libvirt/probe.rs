@@ -14,6 +14,7 @@ use std::{
 };
 
 use model::HypervisorKind;
+use serde::{Deserialize, Serialize};
 use virt::{connect::Connect, sys::VIR_DOMAIN_START_AUTODESTROY};
 
 use super::super::{
@@ -22,6 +23,7 @@ use super::super::{
     guest_dir::write_whole,
 };
 use super::connection::Connection;
+use crate::clock::boot_id;
 
 /// Software emulation is done in about a second on a busy host, and KVM that is slower than that is not worth having;
 /// broken KVM had not finished in 14.
@@ -29,6 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(4);
 
 /// How often the serial port's output is looked at.
 const GLANCE: Duration = Duration::from_millis(20);
+
+/// Beside the guests' folders.
+const FOUND: &str = "hypervisor.json";
 
 /// 2^26 turns of a loop of two instructions: a twentieth of a second on hardware, minutes when each is trapped.
 const TURNS: u32 = 1 << 26;
@@ -71,6 +76,25 @@ pub fn try_kind(
     }
     let _ = fs::remove_dir_all(&dir);
     Ok(verdict)
+}
+
+/// What was found since the machine was booted.
+#[derive(Serialize, Deserialize)]
+struct Found {
+    boot: String,
+    kind: HypervisorKind,
+}
+
+pub fn remembered(dir: &Path) -> Option<HypervisorKind> {
+    let found: Found = serde_json::from_slice(&fs::read(dir.join(FOUND)).ok()?).ok()?;
+    (found.boot == boot_id()).then_some(found.kind)
+}
+
+/// # Errors
+/// When it cannot be written.
+pub fn remember(dir: &Path, kind: HypervisorKind) -> Result<()> {
+    let found = serde_json::to_vec(&Found { boot: boot_id(), kind });
+    write_whole(&dir.join(FOUND), &found.map_err(|e| HypervisorError::Permanent(e.to_string()))?)
 }
 
 fn watch(

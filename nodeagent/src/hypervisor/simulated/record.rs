@@ -9,6 +9,7 @@ use model::VmId;
 use serde::{Deserialize, Serialize};
 
 use super::super::{Guest, GuestSpec, GuestUsage, HypervisorError, OffReason, Result};
+use crate::clock::boot_id;
 
 /// How busy a simulated guest keeps each of its CPUs: what an idle Linux guest was seen to use.
 pub const BUSY_PERMILLE: u64 = 30;
@@ -138,10 +139,6 @@ impl SimGuest {
 /// The record in a folder of any kind; `None` when there is none that can be read.
 pub fn read_kept(dir: &Path) -> Option<SimGuest> {
     serde_json::from_slice(&fs::read(dir.join("guest.json")).ok()?).ok()
-}
-
-pub fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().into()
 }
 
 impl From<OffReason> for Why {
