@@ -53,6 +53,7 @@ use crate::{
     membership::{DataDir, Membership},
     network::{Network, linux::LinuxNetwork, simulated::SimulatedNetwork},
     outbox::Outbox,
+    relay::{self, Arrivals},
     session::{Heard, Introduction, Session},
     summary::Period,
     view::View,
@@ -95,6 +96,16 @@ pub enum HypervisorChoice {
     Libvirt { uri: String, limit: Option<Capacity>, guard: GuardProgram },
     /// Guests and networks on paper only. Thousandths: see `SimulatedConfig`.
     Simulated { capacity: Capacity, delay_permille: u64, failure_permille: u64, seed: u64, effects: Option<PathBuf> },
+}
+
+impl HypervisorChoice {
+    /// Sockets of libvirt's are where all hosts have them, below `/run`; simulated guests need none.
+    fn arrivals(&self, data: &std::path::Path, cluster: &str) -> Arrivals {
+        match self {
+            Self::Libvirt { uri, .. } => Arrivals::new(relay::socket_dir(cluster), relay::control_socket(uri)),
+            Self::Simulated { .. } => Arrivals::new(data.join("moving"), None),
+        }
+    }
 }
 
 /// Becomes a member of the cloud that issued `token`. Gives the id that the host has there.
@@ -162,6 +173,7 @@ pub async fn run_in(
         images,
         view: view.clone(),
         leases: leases.clone(),
+        arrivals: config.hypervisor.arrivals(&config.data, &member.cluster),
     });
     let outbox = Arc::new(Outbox::default());
     let heard = Heard {

@@ -1,5 +1,5 @@
-//! What the agent serves to controllers and other agents: image bytes in and out, the end of a guest's console, and what
-//! was set aside.
+//! What the agent serves to controllers and other agents: image bytes in and out, the end of a guest's console, what was
+//! set aside, and the way in for a guest that comes from another host.
 //!
 //! Only holders of a certificate of this cloud that is a controller's or a node's get an answer. Deliberately not
 //! here: deciding who may have which image; a controller asked for it.
@@ -9,8 +9,9 @@ use std::{io::Read, io::Seek, io::SeekFrom, pin::Pin, sync::Arc};
 use api::{
     error::ApiError,
     proto::{
-        Chunk, ConsoleLogReply, Done, GetImageBytesRequest, GuestConsoleLogRequest, ListQuarantineReply,
-        ListQuarantineRequest, PutImageRequest, QuarantineEntry, node_data_server::NodeData, put_image_request::Part,
+        Chunk, ConsoleLogReply, DescribeArrivalReply, DescribeArrivalRequest, Done, GetImageBytesRequest,
+        GuestConsoleLogRequest, ListQuarantineReply, ListQuarantineRequest, PutImageRequest, QuarantineEntry,
+        RelayRequest, node_data_server::NodeData, put_image_request::Part,
     },
     tls::peer_identity,
 };
@@ -29,6 +30,7 @@ use crate::{
     host::Host,
     hypervisor::quarantine::{self, SetAside},
     images::{CHUNK_BYTES, CHUNKS_UNDER_WAY, IDLE_TIMEOUT, TransferError, begin, finish, receive},
+    relay,
 };
 
 /// Transfers at once: each holds 2 MB of chunks, and a disk serves few readers better than many.
@@ -158,6 +160,19 @@ impl NodeData for DataService {
             Ok(listed) => Ok(Response::new(ListQuarantineReply { entries: listed.into_iter().map(entry).collect() })),
             Err(error) => Err(ApiError::new("unavailable", error.to_string()).into()),
         }
+    }
+
+    async fn describe_arrival(
+        &self,
+        request: Request<DescribeArrivalRequest>,
+    ) -> Result<Response<DescribeArrivalReply>, Status> {
+        relay::describe(&self.host.arrivals, &request).map(Response::new)
+    }
+
+    type RelayStream = relay::RelayStream;
+
+    async fn relay(&self, request: Request<Streaming<RelayRequest>>) -> Result<Response<Self::RelayStream>, Status> {
+        relay::serve(&self.host.arrivals, request).await.map(Response::new)
     }
 }
 

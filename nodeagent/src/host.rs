@@ -6,7 +6,7 @@ use api::tls::Identity;
 use model::NodeId;
 use storage::images::ImageStore;
 
-use crate::{hypervisor::Hypervisor, lease::Leases, network::Network, view::View};
+use crate::{hypervisor::Hypervisor, lease::Leases, network::Network, relay::Arrivals, view::View};
 
 pub struct Host {
     pub cluster: String,
@@ -21,4 +21,6 @@ pub struct Host {
     pub images: ImageStore,
     pub view: Arc<View>,
     pub leases: Arc<Leases>,
+    /// Guests that may come from other hosts.
+    pub arrivals: Arrivals,
 }

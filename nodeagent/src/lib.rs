@@ -3,8 +3,8 @@
 //! Reading order: `agent` (everything together), `membership` (who the host is), `session` and `beat` (its mouth and
 //! ears), `lease` (until when it may run what must not run twice), `guard` (a process of its own that sees to that),
 //! `outbox` and `view` (what they tell), `executor` (carries out the steps that `model::steps` decided), `journal` (what
-//! survives it), `data` and `images` (bytes in and out), `summary`, `clock`, `durable`. `hypervisor` and `network` are
-//! the host's world, each with a real and a simulated implementation behind one trait.
+//! survives it), `data` and `images` (bytes in and out), `relay` (guests in and out), `summary`, `clock`, `durable`.
+//! `hypervisor` and `network` are the host's world, each with a real and a simulated implementation behind one trait.
 
 pub mod agent;
 pub mod beat;
@@ -21,6 +21,7 @@ pub mod lease;
 pub mod membership;
 pub mod network;
 pub mod outbox;
+pub mod relay;
 pub mod session;
 pub mod summary;
 pub mod view;

@@ -1,4 +1,5 @@
-//! Guests that move between two real hosts, each with a libvirtd of its own, through sockets that the test joins.
+//! Guests that move between two real hosts, each with a libvirtd of its own: through sockets that the test joins, and
+//! through the agents' own connection.
 //!
 //! Skipped, with the reason, where `hypervisor_libvirt` is.
 #![cfg(feature = "libvirt")]
@@ -6,36 +7,213 @@
 use std::{
     fs,
     io::{self, Read, Write},
-    net::Shutdown,
+    net::{IpAddr, Ipv4Addr, Shutdown},
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
+    sync::Arc,
     thread,
+    time::{Duration, Instant},
 };
 
-use model::VmId;
-use nodeagent::hypervisor::{
-    contract::migration::{Pair, Side, run},
-    migration::Route,
+use api::tls::{CertificateAuthority, Identity};
+use model::{NodeId, VmId};
+use nodeagent::{
+    agent::serve_data,
+    hypervisor::{
+        GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason,
+        contract::migration::{Pair, Side, run},
+        job::Job,
+        libvirt::Libvirt,
+        migration::Route,
+    },
+    network::simulated::SimulatedNetwork,
+    relay::{Arrival, Arrivals, Departure},
 };
+use storage::images::ImageStore;
+use tokio::{net::TcpListener, runtime::Runtime};
 
-use host::Host;
+use host::{CLUSTER, Host, wait};
 
 #[path = "libvirt_host/host.rs"]
 mod host;
 
+const VM: VmId = VmId(17);
+const PATIENCE: Duration = Duration::from_secs(180);
+const MOVED: GuestPower = GuestPower::Off(OffReason::Moved);
+/// Where libvirt and QEMU see the sockets, on every host.
+const SOCKETS: &str = "/run/moving";
+
 #[test]
 fn guests_move_between_hosts_as_the_contract_says() {
     let (Some(one), Some(two)) = (Host::start(1), Host::start(2)) else { return };
-    let _joined = (join(&one, &two, VmId(17)), join(&two, &one, VmId(18)));
-    let route = Route::new(Path::new("/run/moving"), VmId(17));
-    let back = Route::new(Path::new("/run/moving"), VmId(18));
+    join(&one, &two, VM);
+    join(&two, &one, VmId(18));
+    let (route, back) = (Route::new(Path::new(SOCKETS), VM), Route::new(Path::new(SOCKETS), VmId(18)));
     run(&Pair {
         source: Side { open: &|| Box::new(one.open()), spec: &|vm| one.spec(vm) },
         destination: Side { open: &|| Box::new(two.open()), spec: &|vm| two.spec(vm) },
-        vm: VmId(17),
+        vm: VM,
         to_destination: &route,
         to_source: &back,
     });
+}
+
+#[test]
+fn a_booted_guest_goes_on_where_it_was_through_the_agents_own_connection() {
+    if std::env::var_os("TREFOIL_TEST_IMAGE").is_none() {
+        return println!("skipped: TREFOIL_TEST_IMAGE names no image");
+    }
+    let (Some(one), Some(two)) = (Host::start(1), Host::start(2)) else { return };
+    let cloud = Cloud::new(one, two);
+    let user_data = "#!/bin/sh\ni=0; while :; do i=$((i+1)); echo \"tick $i\" > /dev/ttyS0; sleep 0.1; done\n";
+    let spec = GuestSpec { epoch: 10, user_data: user_data.into(), ..cloud.one.host.spec(VM.0) };
+    let (here, there) = (&cloud.one.hypervisor, &cloud.two.hypervisor);
+    here.make_disk(&spec).unwrap();
+    here.start(&spec).unwrap();
+    wait("the guest counts", || ticks(here).len() > 10);
+
+    let expected = GuestSpec { epoch: 11, user_data: user_data.into(), ..cloud.two.host.spec(VM.0) };
+    let departure = cloud.prepare(&expected);
+    let (job, started) = (Job::new(PATIENCE), Instant::now());
+    here.migrate(VM, &departure.destination, &cloud.route(), &job).unwrap();
+    println!("migrated in {:?}, {:?}", started.elapsed(), job.progress());
+    assert!(job.progress().done_bytes > 0, "it was counted");
+    assert_eq!(cloud.powers(), [Some(MOVED), Some(GuestPower::Arrived)]);
+    assert_eq!(ticks(there), Vec::<u64>::new(), "it does not run before it was handed over");
+    there.finish_migration(&expected, true).unwrap();
+    wait("the guest counts on", || ticks(there).len() > 10);
+    let (before, after) = (ticks(here), ticks(there));
+    let (last, first) = (before[before.len() - 1], after[0]);
+    println!("the last count here: {last}, the first there: {first}");
+    // One that was being written in that moment is torn.
+    assert!(last < first && first <= last + 3, "nothing was lost and nothing ran twice: {last}, then {first}");
+    here.remove(VM).unwrap();
+    assert_eq!(cloud.powers(), [None, Some(GuestPower::Running)]);
+}
+
+#[test]
+fn whatever_breaks_in_the_middle_the_guest_stays_where_it_was() {
+    let (Some(one), Some(two)) = (Host::start(1), Host::start(2)) else { return };
+    let cloud = Cloud::new(one, two);
+    let (here, there) = (&cloud.one.hypervisor, &cloud.two.hypervisor);
+    let spec = GuestSpec { epoch: 10, ..cloud.one.host.spec(VM.0) };
+    here.make_disk(&spec).unwrap();
+    here.start(&spec).unwrap();
+    let faults: [(&str, &dyn Fn(Departure)); 3] = [
+        ("the agents lose each other", &drop),
+        ("the destination's libvirtd is killed", &|departure| {
+            cloud.two.host.kill_libvirtd();
+            drop(departure);
+            cloud.two.host.start_libvirtd();
+        }),
+        ("the source's libvirtd is killed", &|departure| {
+            cloud.one.host.kill_libvirtd();
+            drop(departure);
+            cloud.one.host.start_libvirtd();
+        }),
+    ];
+    for (epoch, (what, fault)) in (11..).zip(faults) {
+        let expected = GuestSpec { epoch, ..cloud.two.host.spec(VM.0) };
+        let departure = cloud.prepare(&expected);
+        let destination = departure.destination.clone();
+        let job = Job::new(PATIENCE);
+        let moved = thread::scope(|scope| {
+            let moving = scope.spawn(|| here.migrate(VM, &destination, &cloud.route(), &job));
+            wait("bytes are on their way", || job.progress().total_bytes > 0 || moving.is_finished());
+            fault(departure);
+            moving.join().unwrap()
+        });
+        println!("{what}: {moved:?} after {:?}", job.progress());
+        let broke = matches!(moved, Err(HypervisorError::Transient(_) | HypervisorError::Unreachable(_)));
+        assert!(broke, "{what}: it really broke: {moved:?}");
+        here.cancel_migration(VM).unwrap();
+        there.remove(VM).unwrap();
+        assert_eq!(cloud.powers(), [Some(GuestPower::Running), None], "{what}");
+        let processes = [&cloud.one, &cloud.two].map(|side| side.host.guest_process(VM).is_some());
+        assert_eq!(processes, [true, false], "{what}: one process");
+    }
+    // And after all that it can still go.
+    let expected = GuestSpec { epoch: 20, ..cloud.two.host.spec(VM.0) };
+    let departure = cloud.prepare(&expected);
+    here.migrate(VM, &departure.destination, &cloud.route(), &Job::new(PATIENCE)).unwrap();
+    there.finish_migration(&expected, true).unwrap();
+    assert_eq!(cloud.powers(), [Some(MOVED), Some(GuestPower::Running)]);
+}
+
+/// Counts that the guest wrote to its console here, whole lines only.
+fn ticks(h: &Libvirt) -> Vec<u64> {
+    let console = h.console_log(VM, 1 << 20).unwrap();
+    let text = String::from_utf8_lossy(&console).into_owned();
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().filter_map(|line| line.trim().strip_prefix("tick ")?.parse().ok()).collect()
+}
+
+/// Two hosts with agents' data servers, members of one cloud.
+struct Cloud {
+    runtime: Runtime,
+    one: Member,
+    two: Member,
+}
+
+struct Member {
+    host: Host,
+    hypervisor: Arc<Libvirt>,
+    agent: Arc<nodeagent::host::Host>,
+    address: String,
+}
+
+impl Cloud {
+    fn new(one: Host, two: Host) -> Self {
+        let runtime = Runtime::new().unwrap();
+        let ca = CertificateAuthority::create(CLUSTER).unwrap();
+        let [one, two] = [(one, 1), (two, 2)].map(|(host, number)| {
+            let identity = ca.issue(&format!("node-{number}")).unwrap();
+            runtime.block_on(Member::new(host, NodeId(number), identity))
+        });
+        Self { runtime, one, two }
+    }
+
+    /// What the quorum would ask of both sides.
+    fn prepare(&self, spec: &GuestSpec) -> Departure {
+        let destination = self.two.hypervisor.prepare_migration(spec).unwrap();
+        self.two.agent.arrivals.expect(VM, Arrival { source: NodeId(1), destination });
+        let (agent, address) = (&self.one.agent, &self.two.address);
+        let opened = Departure::open(agent.arrivals.dir(), &agent.identity, address, VM, spec.epoch);
+        self.runtime.block_on(opened).unwrap()
+    }
+
+    /// As libvirt sees it: the agents here see the same sockets from outside the hosts.
+    fn route(&self) -> Route {
+        Route::new(Path::new(SOCKETS), VM)
+    }
+
+    fn powers(&self) -> [Option<GuestPower>; 2] {
+        [&self.one, &self.two].map(|side| side.hypervisor.guests().unwrap().first().map(|guest| guest.power))
+    }
+}
+
+impl Member {
+    async fn new(host: Host, node: NodeId, identity: Identity) -> Self {
+        let root = host.dir.path();
+        let sockets = root.join(SOCKETS.trim_start_matches('/'));
+        fs::create_dir_all(&sockets).unwrap();
+        let hypervisor = Arc::new(host.open());
+        let agent = Arc::new(nodeagent::host::Host {
+            cluster: CLUSTER.into(),
+            node,
+            identity,
+            underlay: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            hypervisor: hypervisor.clone(),
+            network: Arc::new(SimulatedNetwork::new()),
+            images: ImageStore::open(&host.agent_dir(), 0).unwrap(),
+            view: Arc::default(),
+            arrivals: Arrivals::new(sockets, Some(root.join("run/libvirt/libvirt-sock"))),
+        });
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        tokio::spawn(serve_data(agent.clone(), listener));
+        Self { host, hypervisor, agent, address }
+    }
 }
 
 /// The sockets of a route, on both sides: what is connected to on `source` is carried to `destination`.

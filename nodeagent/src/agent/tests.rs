@@ -237,6 +237,7 @@ async fn other_host(ca: &CertificateAuthority, dir: &std::path::Path, bytes: Opt
         images,
         view: Arc::default(),
         leases: Arc::new(Leases::open(dir).unwrap()),
+        arrivals: Arrivals::new(dir.join("moving"), None),
     });
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();

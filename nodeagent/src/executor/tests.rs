@@ -215,6 +215,7 @@ impl World {
             images: ImageStore::open(self.dir.path(), 0).unwrap(),
             view: self.view.clone(),
             leases: self.leases.clone(),
+            arrivals: crate::relay::Arrivals::new(self.dir.path().join("moving"), None),
         });
         self.view.set_node(NodeStatus::default());
         let outbox = Arc::new(Outbox::default());

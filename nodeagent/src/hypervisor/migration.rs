@@ -18,10 +18,9 @@
 use std::path::{Path, PathBuf};
 
 use model::{Mac, VmId};
-use serde::{Deserialize, Serialize};
 
 /// What the source must know of the destination: where the guest's files will be there, and under which placement.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
     pub epoch: u64,
     pub disk: PathBuf,
