@@ -4,19 +4,24 @@
 //! qcow2 image whose guest obeys ACPI, that is tested too; otherwise the disk is blank and its machine only runs a BIOS.
 #![cfg(feature = "libvirt")]
 
-use std::{path::PathBuf, process::Command};
+use std::{path::PathBuf, process::Command, time::Duration};
 
-use model::{Capacity, HypervisorKind, VmId};
+use model::{Capacity, HypervisorKind, ImageFormat, VmId};
 use nodeagent::hypervisor::{
-    GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason,
+    Consistency, GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason,
     contract::{Subject, run},
-    domain_xml::domain_name,
+    domain_xml::{backup_xml, domain_name},
+    job::Job,
+    qemu_process,
 };
+use storage::images::ImageStore;
 
 use host::{CLUSTER, Host, shell, wait};
 
 #[path = "libvirt_host/host.rs"]
 mod host;
+
+const PATIENCE: Duration = Duration::from_secs(180);
 
 #[test]
 fn libvirt_keeps_the_contract() {
@@ -72,6 +77,111 @@ fn a_guest_reads_its_seed_and_writes_to_its_console() {
     println!("usage: {usage:?}");
     assert!(usage[0].1.cpu_time_millis > 0 && usage[0].1.disk_used_bytes > 0, "{usage:?}");
     h.remove(VmId(1)).unwrap();
+}
+
+#[test]
+fn a_backup_of_a_running_guest_boots_and_holds_what_was_synced() {
+    if std::env::var_os("TREFOIL_TEST_IMAGE").is_none() {
+        return println!("skipped: TREFOIL_TEST_IMAGE names no image");
+    }
+    let Some(host) = Host::start(1) else { return };
+    let h = host.open();
+    let write = "#!/bin/sh\necho the-word > /data/word; sync; echo \"word written\" > /dev/ttyS0\n";
+    let spec = GuestSpec { user_data: write.into(), ..host.spec(1) };
+    h.make_disk(&spec).unwrap();
+    h.start(&spec).unwrap();
+    let console = |vm| String::from_utf8_lossy(&h.console_log(vm, 1 << 20).unwrap()).into_owned();
+    wait("the guest has written", || console(VmId(1)).contains("word written"));
+    let mut backup = h.back_up(VmId(1), &Job::new(PATIENCE)).unwrap();
+    wait("the guest's agent answers", || {
+        backup = h.back_up(VmId(1), &Job::new(PATIENCE)).unwrap();
+        backup.consistency == Consistency::Frozen
+    });
+    println!("{backup:?}");
+    let store = ImageStore::open(&host.agent_dir(), 0).unwrap();
+    let held = store.adopt(&backup.file).unwrap();
+    assert_eq!(held.size_bytes, backup.size_bytes);
+    assert_eq!(powers(&h), [GuestPower::Running], "it was thawed and runs on");
+
+    // An agent that died while the guest was frozen for a backup.
+    let mut freeze = Command::new("virsh");
+    freeze.args(["-q", "-c", &host.uri(), "domfsfreeze"]).arg(domain_name(CLUSTER, VmId(1)));
+    assert!(freeze.status().unwrap().success());
+    let record = host.agent_dir().join("vms/vm-1/guest.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    assert!(text.contains("\"frozen\":false"), "{text}");
+    std::fs::write(&record, text.replace("\"frozen\":false", "\"frozen\":true")).unwrap();
+    assert_eq!(powers(&host.open()), [GuestPower::Running]);
+    assert!(std::fs::read_to_string(&record).unwrap().contains("\"frozen\":false"), "the next agent thawed it");
+
+    // A machine made from the image alone, after the first and its base are gone.
+    h.remove(VmId(1)).unwrap();
+    std::fs::rename(host.dir.path().join("base.qcow2"), host.dir.path().join("gone.qcow2")).unwrap();
+    let read = "#!/bin/sh\necho \"read: $(cat /data/word)\" > /dev/ttyS0\n";
+    let base = store.verified(held.digest).unwrap();
+    let restored = GuestSpec { user_data: read.into(), base, base_virtual_bytes: backup.virtual_bytes, ..host.spec(2) };
+    h.make_disk(&restored).unwrap();
+    h.start(&restored).unwrap();
+    wait("the restored guest reads the word", || console(VmId(2)).contains("read: the-word"));
+}
+
+#[test]
+fn a_backup_whose_agent_and_libvirtd_died_is_in_nobodys_way() {
+    let Some(host) = Host::start(1) else { return };
+    let h = host.open();
+    // Large enough that it is not done before the kill.
+    let base = host.dir.path().join("large.raw");
+    shell(&format!("head -c 600M /dev/urandom > {}", base.display()));
+    let spec = GuestSpec { base, base_format: ImageFormat::Raw, base_virtual_bytes: 600 << 20, ..host.spec(1) };
+    h.make_disk(&spec).unwrap();
+    h.start(&spec).unwrap();
+    // As an agent leaves it that was killed in the middle: the job runs on in QEMU.
+    let part = host.agent_dir().join("vms/vm-1/backup.part");
+    let xml = host.dir.path().join("backup.xml");
+    std::fs::write(&xml, backup_xml(&part)).unwrap();
+    let virsh = |words: &[&str]| {
+        let done = Command::new("virsh").args(["-q", "-c", &host.uri()]).args(words).output().unwrap();
+        assert!(done.status.success(), "{words:?}: {done:?}");
+        String::from_utf8_lossy(&done.stdout).into_owned()
+    };
+    let name = domain_name(CLUSTER, VmId(1));
+    virsh(&["backup-begin", &name, &xml.to_string_lossy()]);
+    assert!(virsh(&["domjobinfo", &name]).contains("Backup"), "it is under way");
+    host.kill_libvirtd();
+    host.start_libvirtd();
+    println!("after libvirtd's restart: {}", virsh(&["domjobinfo", &name]).trim());
+    let next = host.open();
+    assert_eq!(powers(&next), [GuestPower::Running]);
+    assert!(!part.exists(), "the next agent's first look clears it away");
+    assert!(virsh(&["domjobinfo", &name]).contains("None"), "and its job");
+    next.back_up(VmId(1), &Job::new(PATIENCE)).unwrap();
+}
+
+#[test]
+fn a_guest_is_stopped_while_libvirtd_hangs() {
+    let Some(host) = Host::start(1) else { return };
+    let h = host.open();
+    let spec = host.spec(1);
+    h.make_disk(&spec).unwrap();
+    h.start(&spec).unwrap();
+    let found = qemu_process::find_all(CLUSTER, &host.agent_dir()).unwrap();
+    let [process] = &found[..] else { panic!("one process: {found:?}") };
+    assert_eq!(
+        (process.vm, process.epoch, Some(process.pid)),
+        (VmId(1), Some(spec.epoch), host.guest_process(VmId(1)))
+    );
+    assert!(qemu_process::find_all("another", &host.agent_dir()).unwrap().is_empty(), "another cloud's agent");
+    host.signal_libvirtd("STOP");
+    process.pause().unwrap();
+    wait("every thread of it stands still", || process.is_paused().unwrap());
+    process.resume().unwrap();
+    wait("it runs again", || !process.is_paused().unwrap());
+    process.pause().unwrap();
+    process.kill().unwrap();
+    wait("its process has ended", || !process.is_alive());
+    host.signal_libvirtd("CONT");
+    wait("libvirt sees it", || powers(&h) == [GuestPower::Off(OffReason::Crashed)]);
+    assert!(qemu_process::find_all(CLUSTER, &host.agent_dir()).unwrap().is_empty());
 }
 
 #[test]

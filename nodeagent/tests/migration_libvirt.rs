@@ -73,7 +73,7 @@ fn a_booted_guest_goes_on_where_it_was_through_the_agents_own_connection() {
     wait("the guest counts", || ticks(here).len() > 10);
 
     let expected = GuestSpec { epoch: 11, user_data: user_data.into(), ..cloud.two.host.spec(VM.0) };
-    let departure = cloud.prepare(&expected);
+    let departure = cloud.prepare(&cloud.one, &cloud.two, &expected);
     let (job, started) = (Job::new(PATIENCE), Instant::now());
     here.migrate(VM, &departure.destination, &cloud.route(), &job).unwrap();
     println!("migrated in {:?}, {:?}", started.elapsed(), job.progress());
@@ -99,14 +99,20 @@ fn whatever_breaks_in_the_middle_the_guest_stays_where_it_was() {
     let spec = GuestSpec { epoch: 10, ..cloud.one.host.spec(VM.0) };
     here.make_disk(&spec).unwrap();
     here.start(&spec).unwrap();
-    let faults: [(&str, &dyn Fn(Departure)); 3] = [
-        ("the agents lose each other", &drop),
-        ("the destination's libvirtd is killed", &|departure| {
+    let faults: [(&str, &dyn Fn(Departure, &Job)); 4] = [
+        ("the agents lose each other", &|departure, _| drop(departure)),
+        ("the destination's libvirtd hangs, and the time is over", &|departure, job| {
+            cloud.two.host.signal_libvirtd("STOP");
+            job.cancel();
+            drop(departure);
+            cloud.two.host.signal_libvirtd("CONT");
+        }),
+        ("the destination's libvirtd is killed", &|departure, _| {
             cloud.two.host.kill_libvirtd();
             drop(departure);
             cloud.two.host.start_libvirtd();
         }),
-        ("the source's libvirtd is killed", &|departure| {
+        ("the source's libvirtd is killed", &|departure, _| {
             cloud.one.host.kill_libvirtd();
             drop(departure);
             cloud.one.host.start_libvirtd();
@@ -114,13 +120,13 @@ fn whatever_breaks_in_the_middle_the_guest_stays_where_it_was() {
     ];
     for (epoch, (what, fault)) in (11..).zip(faults) {
         let expected = GuestSpec { epoch, ..cloud.two.host.spec(VM.0) };
-        let departure = cloud.prepare(&expected);
+        let departure = cloud.prepare(&cloud.one, &cloud.two, &expected);
         let destination = departure.destination.clone();
         let job = Job::new(PATIENCE);
         let moved = thread::scope(|scope| {
             let moving = scope.spawn(|| here.migrate(VM, &destination, &cloud.route(), &job));
             wait("bytes are on their way", || job.progress().total_bytes > 0 || moving.is_finished());
-            fault(departure);
+            fault(departure, &job);
             moving.join().unwrap()
         });
         println!("{what}: {moved:?} after {:?}", job.progress());
@@ -132,12 +138,50 @@ fn whatever_breaks_in_the_middle_the_guest_stays_where_it_was() {
         let processes = [&cloud.one, &cloud.two].map(|side| side.host.guest_process(VM).is_some());
         assert_eq!(processes, [true, false], "{what}: one process");
     }
-    // And after all that it can still go.
-    let expected = GuestSpec { epoch: 20, ..cloud.two.host.spec(VM.0) };
-    let departure = cloud.prepare(&expected);
-    here.migrate(VM, &departure.destination, &cloud.route(), &Job::new(PATIENCE)).unwrap();
-    there.finish_migration(&expected, true).unwrap();
-    assert_eq!(cloud.powers(), [Some(MOVED), Some(GuestPower::Running)]);
+}
+
+/// The connection is cut after so many percent of the bytes, or a moment after the last. Each time the rule of the
+/// hand-over decides: to the destination if the source says that it moved and the destination that it arrived, else not.
+#[test]
+fn wherever_the_connection_is_cut_the_guest_runs_on_one_side() {
+    let (Some(one), Some(two)) = (Host::start(1), Host::start(2)) else { return };
+    let cloud = Cloud::new(one, two);
+    let (mut from, mut to) = (&cloud.one, &cloud.two);
+    let mut here = GuestSpec { epoch: 10, ..from.host.spec(VM.0) };
+    from.hypervisor.make_disk(&here).unwrap();
+    from.hypervisor.start(&here).unwrap();
+    let (mut went, mut stayed) = (0, 0);
+    for (epoch, percent) in (11..).zip([0, 30, 60, 90, 97, 99, 100, 101]) {
+        let there = GuestSpec { epoch, ..to.host.spec(VM.0) };
+        let departure = cloud.prepare(from, to, &there);
+        let (destination, job) = (departure.destination.clone(), Job::new(PATIENCE));
+        let moved = thread::scope(|scope| {
+            let moving = scope.spawn(|| from.hypervisor.migrate(VM, &destination, &cloud.route(), &job));
+            wait("so many bytes are there", || {
+                let progress = job.progress();
+                let far = progress.total_bytes > 0 && progress.done_bytes * 100 >= progress.total_bytes * percent;
+                far || moving.is_finished()
+            });
+            drop(departure);
+            moving.join().unwrap()
+        });
+        let powers = [from, to].map(Member::power);
+        println!("cut at {percent} %: {moved:?}, {powers:?}");
+        assert_ne!(powers[1], Some(GuestPower::Running), "it never runs there by itself");
+        if powers == [Some(MOVED), Some(GuestPower::Arrived)] {
+            to.hypervisor.finish_migration(&there, true).unwrap();
+            from.hypervisor.remove(VM).unwrap();
+            (from, to, here, went) = (to, from, there, went + 1);
+        } else {
+            assert!(moved.is_err(), "it says that it did not go");
+            from.hypervisor.cancel_migration(VM).unwrap();
+            to.hypervisor.remove(VM).unwrap();
+            from.hypervisor.start(&here).unwrap();
+            stayed += 1;
+        }
+        assert_eq!([from, to].map(Member::power), [Some(GuestPower::Running), None], "cut at {percent} %");
+    }
+    assert!(went > 0 && stayed > 0, "both came about: it went {went} times and stayed {stayed} times");
 }
 
 /// Counts that the guest wrote to its console here, whole lines only.
@@ -174,11 +218,11 @@ impl Cloud {
     }
 
     /// What the quorum would ask of both sides.
-    fn prepare(&self, spec: &GuestSpec) -> Departure {
-        let destination = self.two.hypervisor.prepare_migration(spec).unwrap();
-        self.two.agent.arrivals.expect(VM, Arrival { source: NodeId(1), destination });
-        let (agent, address) = (&self.one.agent, &self.two.address);
-        let opened = Departure::open(agent.arrivals.dir(), &agent.identity, address, VM, spec.epoch);
+    fn prepare(&self, from: &Member, to: &Member, spec: &GuestSpec) -> Departure {
+        let destination = to.hypervisor.prepare_migration(spec).unwrap();
+        to.agent.arrivals.expect(VM, Arrival { source: from.agent.node, destination });
+        let agent = &from.agent;
+        let opened = Departure::open(agent.arrivals.dir(), &agent.identity, &to.address, VM, spec.epoch);
         self.runtime.block_on(opened).unwrap()
     }
 
@@ -188,7 +232,7 @@ impl Cloud {
     }
 
     fn powers(&self) -> [Option<GuestPower>; 2] {
-        [&self.one, &self.two].map(|side| side.hypervisor.guests().unwrap().first().map(|guest| guest.power))
+        [&self.one, &self.two].map(Member::power)
     }
 }
 
@@ -213,6 +257,10 @@ impl Member {
         let address = listener.local_addr().unwrap().to_string();
         tokio::spawn(serve_data(agent.clone(), listener));
         Self { host, hypervisor, agent, address }
+    }
+
+    fn power(&self) -> Option<GuestPower> {
+        self.hypervisor.guests().unwrap().first().map(|guest| guest.power)
     }
 }
 

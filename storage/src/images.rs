@@ -199,6 +199,65 @@ impl ImageStore {
         Ok(Begun::Writing(Incoming { file, path, hasher, offset, size_bytes, claim }))
     }
 
+    /// Take in a file of this host as a blob: hashed, synced, and moved here. The file is gone afterwards; on another
+    /// file system than the store's it stays until it was copied.
+    ///
+    /// # Errors
+    /// `NoRoom`, when it must be copied; `Busy`; `Io`.
+    pub fn adopt(&self, file: &Path) -> Result<Held> {
+        let mut source = File::open(file).map_err(io_error("open", file))?;
+        let mut hasher = blake3::Hasher::new();
+        let size_bytes = hash_into(&mut hasher, &mut source).map_err(io_error("read", file))?;
+        let digest = Digest(*hasher.finalize().as_bytes());
+        match self.verified(digest) {
+            Ok(_) => fs::remove_file(file).map_err(io_error("remove", file))?,
+            Err(ImageError::Missing(_) | ImageError::Damaged { .. }) => {
+                self.take_in(file, source, digest, size_bytes)?
+            }
+            Err(other) => return Err(other),
+        }
+        self.touch(digest);
+        Ok(Held { digest, size_bytes, idle: Duration::ZERO })
+    }
+
+    /// The blob's own name is given last, to bytes that are synced: whatever moment a crash picks, it is whole or not
+    /// there.
+    fn take_in(&self, file: &Path, mut source: File, digest: Digest, size_bytes: u64) -> Result<()> {
+        let claim = Claim::take(self, digest)?;
+        let partial = self.partial(digest);
+        match fs::rename(file, &partial) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+                drop(claim);
+                return self.copy_in(file, source, digest, size_bytes);
+            }
+            Err(error) => return Err(io_error("rename", file)(error)),
+        }
+        // Owned by whoever wrote it, perhaps a guest's process: from now on nobody may.
+        source.set_permissions(fs::Permissions::from_mode(BLOB_MODE)).map_err(io_error("protect", &partial))?;
+        let mut hasher = Box::new(blake3::Hasher::new());
+        // Once more, for it could be written until now.
+        source.rewind().map_err(io_error("seek in", &partial))?;
+        let offset = hash_into(&mut hasher, &mut source).map_err(io_error("read", &partial))?;
+        Incoming { file: source, path: partial, hasher, offset, size_bytes, claim }.finish().map(drop)
+    }
+
+    fn copy_in(&self, file: &Path, mut source: File, digest: Digest, size_bytes: u64) -> Result<()> {
+        if let Begun::Writing(mut incoming) = self.begin(digest, size_bytes)? {
+            incoming.restart()?;
+            source.rewind().map_err(io_error("seek in", file))?;
+            let mut buffer = vec![0; READ_BYTES];
+            loop {
+                match source.read(&mut buffer).map_err(io_error("read", file))? {
+                    0 => break,
+                    n => incoming.write(&buffer[..n])?,
+                }
+            }
+            incoming.finish()?;
+        }
+        fs::remove_file(file).map_err(io_error("remove", file))
+    }
+
     /// Delete a blob if it has been idle for at least `idle`; says whether it is gone.
     ///
     /// # Errors

@@ -125,6 +125,12 @@ impl Host {
         assert!(killed.unwrap().success(), "libvirtd is killed");
     }
 
+    /// As `kill -SIGNAL` does: STOP makes it hang, CONT lets it go on.
+    pub fn signal_libvirtd(&self, signal: &str) {
+        let signalled = self.inside(&format!("kill -{signal} $(cat /run/libvirtd.pid)")).status();
+        assert!(signalled.unwrap().success(), "libvirtd takes {signal}");
+    }
+
     /// The QEMU of a guest of this host, by its UUID and its place in this host's process namespace.
     pub fn guest_process(&self, vm: VmId) -> Option<u32> {
         let uuid = domain_uuid(CLUSTER, vm);

@@ -174,6 +174,38 @@ fn leftovers_are_swept_but_not_what_is_being_written() {
 }
 
 #[test]
+fn a_file_of_this_host_is_taken_in_whole() {
+    let (dir, store) = store();
+    let (bytes, digest) = blob(700_000);
+    let file = dir.path().join("made-here");
+    for _ in 0..2 {
+        fs::write(&file, &bytes).unwrap();
+        let held = store.adopt(&file).unwrap();
+        assert_eq!((held.digest, held.size_bytes), (digest, 700_000));
+        assert!(!file.exists(), "it was moved");
+        assert_eq!(fs::read(store.verified(digest).unwrap()).unwrap(), bytes);
+    }
+    assert_eq!(store.list().unwrap().len(), 1);
+    assert!(matches!(store.adopt(&file), Err(ImageError::Io { .. })), "there is none any more");
+    let other = tempfile::Builder::new().tempdir_in("/dev/shm").unwrap();
+    let file = other.path().join("made-elsewhere");
+    fs::write(&file, b"on another file system, where there is one").unwrap();
+    let held = store.adopt(&file).unwrap();
+    assert!(!file.exists() && store.verified(held.digest).is_ok());
+}
+
+#[test]
+fn a_file_that_another_transfer_writes_is_left_alone() {
+    let (dir, store) = store();
+    let (bytes, digest) = blob(1000);
+    let _writer = writing(&store, digest, 1000);
+    let file = dir.path().join("made-here");
+    fs::write(&file, &bytes).unwrap();
+    assert!(matches!(store.adopt(&file), Err(ImageError::Busy(_))));
+    assert!(file.exists());
+}
+
+#[test]
 fn the_reserve_is_kept_free() {
     let dir = tempfile::tempdir().unwrap();
     let store = ImageStore::open(dir.path(), u64::MAX).unwrap();
