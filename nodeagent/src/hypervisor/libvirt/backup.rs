@@ -5,8 +5,7 @@
 //! Off, `qemu-img` copies. Either way base and overlay become one file, so that a backup needs nothing but itself.
 //!
 //! What an agent leaves that is killed meanwhile, a job, a file, a frozen guest, is cleared by the next agent's first
-//! look, and by the next backup. Deliberately not here: increments. A chain is worth what its weakest file is, and the
-//! bitmaps that it needs are lost with every crash of QEMU; a full copy costs the bytes in use, which local disks have.
+//! look, and by the next backup. Deliberately not here: increments (docs/adr/0021 says why).
 
 use std::{
     fs::{self, File},
