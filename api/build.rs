@@ -35,6 +35,7 @@ const PRINTED: &[&str] = &[
     "Tenant",
     "User",
     "Vm",
+    "VmBackups",
     "VmUsage",
     "Waiting",
 ];

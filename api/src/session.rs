@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use model::{
     Assignment, Capacity, HypervisorKind, NodeSummary,
-    command::{ImageReport, VmReport},
+    command::{BackupReport, ImageReport, VmReport},
 };
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,7 @@ pub enum FromAgent {
     Hello { version: String, address: String, underlay: IpAddr, hypervisor: HypervisorKind, capacity: Capacity },
     VmReports { number: u64, reports: Vec<VmReport> },
     ImageReports { number: u64, reports: Vec<ImageReport> },
+    BackupReports { number: u64, reports: Vec<BackupReport> },
     Summary(NodeSummary),
 }
 

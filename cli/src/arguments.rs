@@ -7,7 +7,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::{
     commands::{
-        bill, completion, image, network, node, price, quorum, recovery, setting, tag, template, tenant, user, vm,
+        backup, bill, completion, image, network, node, price, quorum, recovery, setting, tag, template, tenant, user,
+        vm,
     },
     output::Format,
     quantity::duration,
@@ -73,6 +74,9 @@ pub enum Command {
     /// Virtual machines
     #[command(subcommand)]
     Vm(vm::VmCommand),
+    /// Backups of machines, and what is made from them
+    #[command(subcommand)]
+    Backup(backup::BackupCommand),
     /// Disk images
     #[command(subcommand)]
     Image(image::ImageCommand),

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "agent")]
 pub mod agent;
+pub mod backup;
 pub mod bill;
 pub mod completion;
 #[cfg(feature = "controller")]
@@ -44,6 +45,7 @@ pub async fn run(cli: Cli, format: Format) -> Result<(), ApiError> {
         Command::Bill(command) => bill::run(command, &context()?).await,
         Command::Price(command) => price::run(command, &context()?).await,
         Command::Setting(command) => setting::run(command, &context()?).await,
+        Command::Backup(command) => backup::run(command, &context()?).await,
         Command::Recovery(command) => recovery::run(command, &context()?).await,
         Command::Quorum(command) => quorum::run(command, &context()?).await,
         #[cfg(feature = "controller")]

@@ -44,6 +44,8 @@ pub enum Goal {
     Status(&'static str),
     /// It does not exist any more.
     Gone,
+    /// Its backup of this number is made, or was given up.
+    BackedUp(u32),
 }
 
 /// Returns the machine as it was last seen; `None` when it is gone.
@@ -89,6 +91,11 @@ fn judge(vm: Option<&Vm>, goal: Goal) -> Option<Result<(), ApiError>> {
     if matches!(goal, Goal::Status(wanted) if wanted == vm.status) {
         return Some(Ok(()));
     }
+    if let (Goal::BackedUp(number), Some(backups)) = (goal, &vm.backups) {
+        let failed = || ApiError::new("failed", format!("the backup of {} failed: {}", vm.name, backups.reason));
+        let outcome = if backups.reason.is_empty() { Ok(()) } else { Err(failed()) };
+        return (backups.answered >= number).then_some(outcome);
+    }
     // With a time to try again the cloud has not given up, so neither do we.
     let given_up = vm.status == "failed" && vm.retry_at_millis == 0;
     given_up.then(|| Err(ApiError::new("failed", format!("{} '{}' failed{}", vm.id, vm.name, because(vm)))))
@@ -121,6 +128,8 @@ fn progress_bar() -> ProgressBar {
 
 #[cfg(test)]
 mod tests {
+    use api::proto::VmBackups;
+
     use super::*;
 
     fn vm(status: &str, retry_at_millis: u64) -> Vm {
@@ -136,6 +145,13 @@ mod tests {
         for going_on in [vm("creating", 0), vm("pending", 5), vm("failed", 5)] {
             assert_eq!(judge(Some(&going_on), running), None, "{}", going_on.status);
         }
+        let backups = |answered, reason: &str| {
+            let backups = VmBackups { asked: 2, answered, reason: reason.into(), ..VmBackups::default() };
+            Vm { backups: Some(backups), ..vm("running", 0) }
+        };
+        assert_eq!(judge(Some(&backups(1, "")), Goal::BackedUp(2)), None);
+        assert_eq!(judge(Some(&backups(2, "")), Goal::BackedUp(2)), Some(Ok(())));
+        assert!(judge(Some(&backups(2, "no space")), Goal::BackedUp(2)).unwrap().is_err());
         let error = judge(Some(&vm("failed", 0)), running).unwrap().unwrap_err();
         assert_eq!((error.code.as_str(), error.message.as_str()), ("failed", "vm-1 'web' failed: no room"));
     }

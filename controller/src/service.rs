@@ -96,6 +96,12 @@ impl Trefoil for Service {
     async fn reboot_vm(&self, request: Request<proto::VmRef>) -> Answer<proto::Vm> {
         answer(self.vm_reboot(request).await)
     }
+    async fn back_up_vm(&self, request: Request<proto::VmRef>) -> Answer<proto::Vm> {
+        answer(self.vm_back_up(request).await)
+    }
+    async fn set_vm_backup(&self, request: Request<proto::SetVmBackupRequest>) -> Answer<proto::Vm> {
+        answer(self.vm_backup_set(request).await)
+    }
     async fn set_vm_recovery(&self, request: Request<proto::SetVmRecoveryRequest>) -> Answer<proto::Vm> {
         answer(self.vm_recovery(request).await)
     }

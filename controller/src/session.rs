@@ -140,6 +140,9 @@ impl Session {
             FromAgent::ImageReports { number, reports } => {
                 (NodeCommand::ReportImages { node, incarnation, reports }, Some(number))
             }
+            FromAgent::BackupReports { number, reports } => {
+                (NodeCommand::ReportBackups { node, incarnation, reports }, Some(number))
+            }
             FromAgent::Summary(summary) => (NodeCommand::Summarise { node, incarnation, summary }, None),
         };
         let committed = self.core.propose(Actor::Node(node), None, Command::Node(command)).await?;

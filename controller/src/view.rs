@@ -39,6 +39,7 @@ pub(crate) fn vm(state: &State, ears: &Telemetry, vm: &Vm) -> proto::Vm {
         created_at_millis: vm.created_at.0,
         changed_at_millis: vm.changed_at.0,
         recovery: vm.recovery.to_string(),
+        backups: Some(backups(state, vm)),
         priority: vm.priority.into(),
         loss: vm.loss.map(|loss| proto::Loss {
             node: state.nodes().get(&loss.node).map_or_else(|| loss.node.to_string(), |node| node.name.clone()),
@@ -124,6 +125,25 @@ pub(crate) fn image(state: &State, image: &Image) -> proto::Image {
             .map(|(id, _)| state.nodes().get(id).map_or_else(|| id.to_string(), |node| node.name.clone()))
             .collect(),
         created_at_millis: image.created_at.0,
+        backup_of: image.backup.map(|of| of.vm.to_string()).unwrap_or_default(),
+        taken_at_millis: image.backup.map_or(0, |of| of.taken_at.0),
+        consistency: image.backup.map(|of| of.consistency.to_string()).unwrap_or_default(),
+    }
+}
+
+fn backups(state: &State, vm: &Vm) -> proto::VmBackups {
+    let safe = state.safe_backup(vm);
+    let name = |id: model::ImageId| state.images().get(&id).map_or_else(|| id.to_string(), |image| image.name.clone());
+    proto::VmBackups {
+        every_millis: vm.backups.every_millis,
+        keep: vm.backups.keep,
+        asked: vm.backups.asked,
+        answered: vm.backups.answered,
+        reason: vm.backups.reason.clone(),
+        due_at_millis: vm.backups.due_at.unwrap_or_default().0,
+        safe_at_millis: safe.and_then(|image| image.backup).map_or(0, |of| of.taken_at.0),
+        safe_image: safe.map(|image| image.name.clone()).unwrap_or_default(),
+        restored_from: vm.restored_from.map(name).unwrap_or_default(),
     }
 }
 

@@ -9,6 +9,7 @@ use crate::{
     State, TenantCommand, TenantId, Timestamp, setting,
 };
 
+mod backup;
 mod check;
 mod image;
 mod meter;
@@ -89,6 +90,8 @@ impl State {
             }
             C::SetVmPower { vm, wanted, stop_grace_millis } => self.set_vm_power(m, *vm, *wanted, *stop_grace_millis),
             C::SetVmRecovery { vm, recovery, priority } => self.set_vm_recovery(m, *vm, *recovery, *priority),
+            C::BackUpVm { vm } => self.back_up_vm(m, *vm),
+            C::SetVmBackup { vm, every_millis, keep } => self.set_vm_backup(m, *vm, *every_millis, *keep),
             C::RebootVm { vm } => self.reboot_vm(m, *vm),
             C::DeleteVm { vm, force } => self.delete_vm(m, *vm, *force),
             C::CreateNetwork { tenant, name, range } => self.create_network(m, *tenant, name, *range),
@@ -138,6 +141,7 @@ impl State {
             }
             C::ReportVms { node, incarnation, reports } => self.report_vms(m, *node, *incarnation, reports),
             C::ReportImages { node, incarnation, reports } => self.report_images(m, *node, *incarnation, reports),
+            C::ReportBackups { node, incarnation, reports } => self.report_backups(m, *node, *incarnation, reports),
             C::Summarise { node, incarnation, summary } => self.summarise_node(m, *node, *incarnation, summary),
         }
     }
@@ -162,6 +166,7 @@ impl State {
             C::SetNodeSilent { node, incarnation, silent } => self.set_node_silent(m, *node, *incarnation, *silent),
             C::DeclareLost { node, incarnation } => self.declare_lost(m, *node, *incarnation),
             C::RecoverVm { vm, epoch } => self.recover_vm(m, *vm, *epoch),
+            C::BackUpDueVm { vm } => self.back_up_due_vm(m, *vm),
             C::AddReplica { image, node } => self.add_replica(*image, *node),
         }
     }

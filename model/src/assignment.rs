@@ -47,6 +47,8 @@ pub struct VmWish {
     /// What failed is left alone until the epoch or this changes.
     pub attempt: u32,
     pub power: Power,
+    /// The number of a backup that should be made.
+    pub backup: Option<u32>,
     /// What the host does with it when its lease ends, and after it went down.
     pub recovery: Recovery,
     /// How long ACPI shutdown may take before the machine is switched off.
@@ -123,6 +125,9 @@ impl fmt::Display for VmWish {
         if self.recovery != Recovery::default() {
             write!(f, ", {}", self.recovery)?;
         }
+        if let Some(number) = self.backup {
+            write!(f, ", backup {number}")?;
+        }
         write!(f, ", reboots {}, grace {} ms, from {}", self.reboots, self.stop_grace_millis, self.image)?;
         self.nics.iter().try_for_each(|nic| write!(f, ", {} {} in {}", nic.mac, nic.ip, nic.network))
     }
@@ -160,7 +165,7 @@ impl State {
     }
 
     fn vm_wish(&self, node: &Node, vm: &Vm) -> Option<VmWish> {
-        let image = self.images().get(&vm.image)?;
+        let image = self.images().get(&vm.base())?;
         let nic_wish = |nic: &crate::Nic| {
             let network = self.networks().get(&nic.network)?;
             Some(NicWish { network: nic.network, vni: network.vni, mac: nic.mac, ip: nic.ip })
@@ -176,6 +181,7 @@ impl State {
                 Wanted::Stopped => Power::Stopped,
                 Wanted::Deleted => Power::Absent,
             },
+            backup: vm.backups.pending(),
             recovery: vm.recovery,
             stop_grace_millis: vm.stop_grace_millis,
             reboots: vm.reboots,

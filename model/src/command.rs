@@ -5,8 +5,8 @@ use std::{fmt, net::IpAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capacity, Cidr, ControllerId, Digest, HypervisorKind, ImageFormat, ImageId, JoinRole, NetworkId, NodeId,
-    NodeSummary, Phase, Quota, Recovery, RequestId, Role, TenantId, Timestamp, VmId, Wanted,
+    Capacity, Cidr, Consistency, ControllerId, Digest, HypervisorKind, ImageFormat, ImageId, JoinRole, NetworkId,
+    NodeId, NodeSummary, Phase, Quota, Recovery, RequestId, Role, TenantId, Timestamp, VmId, Wanted,
 };
 
 pub use noun::Noun;
@@ -77,6 +77,16 @@ pub enum TenantCommand {
         vm: VmId,
         wanted: Wanted,
         stop_grace_millis: u64,
+    },
+    /// Copy its disk into an image while it runs.
+    BackUpVm {
+        vm: VmId,
+    },
+    /// How often it is backed up (0: on demand only) and how many backups are kept (0: all).
+    SetVmBackup {
+        vm: VmId,
+        every_millis: u64,
+        keep: u32,
     },
     /// Boot it again.
     RebootVm {
@@ -199,6 +209,8 @@ pub enum NodeCommand {
     ReportVms { node: NodeId, incarnation: u64, reports: Vec<VmReport> },
     /// What became of images that it was asked to keep.
     ReportImages { node: NodeId, incarnation: u64, reports: Vec<ImageReport> },
+    /// What became of backups that were asked for.
+    ReportBackups { node: NodeId, incarnation: u64, reports: Vec<BackupReport> },
     /// The period summary.
     Summarise { node: NodeId, incarnation: u64, summary: NodeSummary },
 }
@@ -219,6 +231,27 @@ pub struct VmReport {
     /// With `Phase::Failed`: trying again on this or another host could help. With `Phase::Stopped`: the guest
     /// did not switch itself off, so it should be started again.
     pub retry: bool,
+}
+
+/// One backup, made or not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupReport {
+    pub vm: VmId,
+    /// The placement under which it was asked for.
+    pub epoch: u64,
+    pub number: u32,
+    pub outcome: Result<BackupMade, String>,
+}
+
+/// Its bytes are on the host that says so, synced, verified and opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupMade {
+    pub digest: Digest,
+    pub size_bytes: u64,
+    pub virtual_bytes: u64,
+    /// How long ago, when this was written, the disk was as it is in it.
+    pub age_millis: u64,
+    pub consistency: Consistency,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -255,6 +288,8 @@ pub enum PlannerCommand {
     DeclareLost { node: NodeId, incarnation: u64 },
     /// Take a machine from a host that is lost.
     RecoverVm { vm: VmId, epoch: u64 },
+    /// Its schedule says so.
+    BackUpDueVm { vm: VmId },
     /// Ask a host to keep a copy of an image.
     AddReplica { image: ImageId, node: NodeId },
 }
@@ -280,6 +315,7 @@ impl fmt::Display for PlannerCommand {
             }
             Self::DeclareLost { node, incarnation } => write!(f, "{node} incarnation {incarnation} is lost"),
             Self::RecoverVm { vm, epoch } => write!(f, "recover {vm} from epoch {epoch}"),
+            Self::BackUpDueVm { vm } => write!(f, "back up {vm}"),
             Self::AddReplica { image, node } => write!(f, "copy {image} to {node}"),
         }
     }

@@ -252,7 +252,61 @@ pub struct Image {
     pub digest: Digest,
     pub wanted_replicas: u32,
     pub replicas: BTreeMap<NodeId, ReplicaState>,
+    /// Set on the disk of a machine as it was once.
+    pub backup: Option<BackupOf>,
     pub created_at: Timestamp,
+}
+
+/// Which machine's disk a backup is, and as of when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupOf {
+    pub vm: VmId,
+    pub taken_at: Timestamp,
+    pub consistency: Consistency,
+}
+
+/// What a guest finds on a disk that was made from a backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Consistency {
+    /// It was off: its disk as it left it.
+    Off,
+    /// Its file systems were frozen at that moment.
+    Frozen,
+    /// As after a power failure at that moment: all that was synced, and a journal to replay.
+    Crash,
+}
+
+impl fmt::Display for Consistency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Off => "off",
+            Self::Frozen => "frozen",
+            Self::Crash => "crash",
+        })
+    }
+}
+
+/// The backups of one machine: how often, and what was asked for last.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backups {
+    /// Taken this often; 0: only on demand.
+    pub every_millis: u64,
+    /// The newest so many are kept; 0: all.
+    pub keep: u32,
+    /// Counts what was asked for.
+    pub asked: u32,
+    /// The last that came to something.
+    pub answered: u32,
+    pub due_at: Option<Timestamp>,
+    /// Why the last one failed; empty when it did not.
+    pub reason: String,
+}
+
+impl Backups {
+    /// The number of the one that is under way.
+    pub fn pending(&self) -> Option<u32> {
+        (self.asked != self.answered).then_some(self.asked)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -339,6 +393,9 @@ pub struct Vm {
     /// When room is short, a higher one is placed first.
     pub priority: u8,
     pub loss: Option<Loss>,
+    pub backups: Backups,
+    /// The backup that its disk is made from after a recovery, rather than its image.
+    pub restored_from: Option<ImageId>,
     /// How long ACPI shutdown may take before the machine is switched off; 0 switches it off at once.
     pub stop_grace_millis: u64,
     /// Rises with each requested reboot.
@@ -445,9 +502,14 @@ impl Vm {
             && self.retry_at.is_none()
     }
 
+    /// What its disk is made from.
+    pub fn base(&self) -> ImageId {
+        self.restored_from.unwrap_or(self.image)
+    }
+
     /// The times at which a planner should look at it again.
     pub(crate) fn due_times(&self) -> impl Iterator<Item = Timestamp> {
-        self.deadline.into_iter().chain(self.retry_at)
+        self.deadline.into_iter().chain(self.retry_at).chain(self.backups.due_at)
     }
 
     /// True while something should still happen to it without anybody asking again.

@@ -74,8 +74,10 @@ fn due(state: &State, now: Timestamp) -> Vec<PlannerCommand> {
         let row = state.vms().get(vm)?;
         Some(if row.deadline == Some(*at) {
             PlannerCommand::ExpireVm { vm: *vm }
-        } else {
+        } else if row.retry_at == Some(*at) {
             PlannerCommand::RetryVm { vm: *vm }
+        } else {
+            PlannerCommand::BackUpDueVm { vm: *vm }
         })
     };
     passed.filter_map(judge).collect()

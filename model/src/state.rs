@@ -224,8 +224,9 @@ impl State {
 }
 
 /// What of a machine its host has to know.
-fn wished(vm: &Vm) -> (Option<crate::Placement>, crate::Wanted, crate::Recovery, u64, u32, u32, RequestId) {
-    (vm.placement, vm.wanted, vm.recovery, vm.stop_grace_millis, vm.reboots, vm.tries, vm.request)
+fn wished(vm: &Vm) -> impl PartialEq {
+    let asked = (vm.stop_grace_millis, vm.reboots, vm.tries, vm.backups.pending());
+    (vm.placement, vm.wanted, vm.recovery, asked, vm.request)
 }
 
 /// Persistence: changed rows out, all rows in.
@@ -341,6 +342,9 @@ impl State {
             forget(&mut self.index.images_by_node, *node, id);
         }
         self.index.thin_images.remove(&id);
+        if let Some(of) = row.backup {
+            forget(&mut self.index.backups_by_vm, of.vm, id);
+        }
         self.index.usage.entry(row.tenant).or_default().image_bytes -= row.size_bytes;
         self.index.settle_usage(row.tenant);
     }

@@ -30,7 +30,7 @@ use std::{
 
 use crate::{
     Assignment, Digest, Phase, Power, Recovery, VmId, VmWish,
-    command::{ImageReport, VmReport},
+    command::{BackupReport, ImageReport, VmReport},
 };
 
 pub use step::{Step, Subject};
@@ -63,6 +63,9 @@ pub struct Observed {
     /// What the quorum was last told.
     pub told: BTreeMap<VmId, Told>,
     pub told_images: BTreeMap<Digest, bool>,
+    /// What became of the last backup of each machine, as long as this process remembers it.
+    pub backups: BTreeMap<VmId, BackupReport>,
+    pub told_backups: BTreeMap<VmId, u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,6 +172,7 @@ pub fn steps(wish: &Assignment, found: &Observed) -> Vec<Step> {
     fetches(wish, found, &mut out);
     for vm in &wish.vms {
         machine(wish.generation, vm, found, &mut out);
+        backup(wish.generation, vm, found, &mut out);
     }
     leftovers(wish, found, &mut out);
     image_reports(wish, found, &mut out);
@@ -382,6 +386,23 @@ fn keep_on(wish: &VmWish, power: FoundPower, found: &Observed, memory: Memory) -
         (FoundPower::Suspended, _) => Next::Do(Step::Resume(wish.vm)),
         (FoundPower::Running, _) if reboot_due => Next::Do(Step::Reset { vm: wish.vm, reboots: wish.reboots }),
         (FoundPower::Running, _) => rest(Phase::Running),
+    }
+}
+
+/// A copy of the disk of a machine that is here, on or off, once for each number. A copy that failed is told as well: the
+/// quorum decides about another.
+fn backup(generation: u64, wish: &VmWish, found: &Observed, out: &mut Vec<Step>) {
+    let Some(number) = wish.backup else { return };
+    let made = found.backups.get(&wish.vm).filter(|made| (made.epoch, made.number) == (wish.epoch, number));
+    match made {
+        Some(made) if found.told_backups.get(&wish.vm) != Some(&number) => out.push(Step::ReportBackup(made.clone())),
+        Some(_) => {}
+        None => {
+            let here = found.guest(wish).is_some_and(|guest| guest.epoch == wish.epoch);
+            if here && wish.power != Power::Absent && found.may_try(Subject::Backup(wish.vm), generation) {
+                out.push(Step::BackUp { vm: wish.vm, number });
+            }
+        }
     }
 }
 

@@ -20,6 +20,7 @@ use std::{
 
 use model::{
     Assignment, Digest, Phase, Power, VmId, VmWish,
+    command::{BackupMade, BackupReport},
     steps::{Failure, FoundPower, Memory, Observed, Seen, Step, Subject, Told, accept, steps},
 };
 use tokio::{
@@ -28,7 +29,7 @@ use tokio::{
 };
 
 use crate::{clock, host::Host, journal::Journal, outbox::Outbox};
-use act::{Fault, FaultKind, act};
+use act::{Copied, Fault, FaultKind, act};
 
 mod act;
 mod observe;
@@ -58,6 +59,9 @@ pub struct Executor {
     failures: BTreeMap<Subject, Failure>,
     told: BTreeMap<VmId, Told>,
     told_images: BTreeMap<Digest, bool>,
+    /// What became of backups, and when each disk was as it is in its copy.
+    backups: BTreeMap<VmId, (BackupReport, u64)>,
+    told_backups: BTreeMap<VmId, u32>,
     assignment: Option<Arc<Assignment>>,
     busy: BTreeMap<Subject, Step>,
     done_sender: mpsc::UnboundedSender<Done>,
@@ -68,7 +72,7 @@ pub struct Executor {
 
 struct Done {
     step: Step,
-    result: Result<(), Fault>,
+    result: Result<Option<Copied>, Fault>,
 }
 
 impl Executor {
@@ -83,6 +87,8 @@ impl Executor {
             failures: BTreeMap::new(),
             told: BTreeMap::new(),
             told_images: BTreeMap::new(),
+            backups: BTreeMap::new(),
+            told_backups: BTreeMap::new(),
             assignment: None,
             busy: BTreeMap::new(),
             done_sender,
@@ -130,6 +136,7 @@ impl Executor {
     fn forget_told(&mut self) {
         self.told.retain(|_, told| told.report.phase == Phase::Failed);
         self.told_images.clear();
+        self.told_backups.clear();
     }
 
     fn obey(&mut self, new: Arc<Assignment>) -> io::Result<()> {
@@ -223,6 +230,8 @@ impl Executor {
         found.failures = self.failures.clone();
         found.told = self.told.clone();
         found.told_images = self.told_images.clone();
+        found.told_backups = self.told_backups.clone();
+        found.backups = self.backups.iter().map(|(vm, (made, at))| (*vm, aged(made, found.now_millis - at))).collect();
     }
 
     fn waits_for_guests(&self) -> bool {
@@ -243,6 +252,8 @@ impl Executor {
         let Some(assignment) = &self.assignment else { return };
         let wishes: BTreeMap<VmId, &VmWish> = assignment.vms.iter().map(|wish| (wish.vm, wish)).collect();
         self.told.retain(|vm, _| wishes.contains_key(vm));
+        self.backups.retain(|vm, _| wishes.get(vm).is_some_and(|wish| wish.backup.is_some()));
+        self.told_backups.retain(|vm, _| self.backups.contains_key(vm));
         self.memories.retain(|vm, _| wishes.contains_key(vm) || found.guests.contains_key(vm));
         for (vm, memory) in &mut self.memories {
             let stopping = wishes.get(vm).is_some_and(|wish| wish.power == Power::Stopped) && up(vm);
@@ -296,12 +307,16 @@ impl Executor {
         }
         self.save()?;
         for step in chosen {
-            let vm = if let Some(Subject::Vm(vm)) = step.subject() { wishes.get(&vm) } else { None };
+            let vm = match step.subject() {
+                Some(Subject::Vm(vm) | Subject::Backup(vm)) => wishes.get(&vm),
+                _ => None,
+            };
             let request = vm.map(|wish| tracing::field::display(wish.request));
             tracing::info!(request, %step, generation = assignment.generation, "step");
             match step {
                 Step::Report(report) => self.outbox.vm(report),
                 Step::ReportImage(report) => self.outbox.image(report),
+                Step::ReportBackup(report) => self.outbox.backup(report),
                 step => {
                     let (host, assignment, done) = (self.host.clone(), assignment.clone(), self.done_sender.clone());
                     tokio::spawn(async move {
@@ -326,6 +341,7 @@ impl Executor {
                 self.told.insert(report.vm, told);
             }
             Step::ReportImage(report) => drop(self.told_images.insert(report.digest, report.good)),
+            Step::ReportBackup(report) => drop(self.told_backups.insert(report.vm, report.number)),
             _ => {}
         }
     }
@@ -353,8 +369,14 @@ impl Executor {
     fn finish(&mut self, Done { step, result }: Done) -> io::Result<()> {
         let Some(subject) = step.subject() else { return Ok(()) };
         self.busy.remove(&subject);
+        if let Step::BackUp { vm, number } = step
+            && !result.as_ref().is_err_and(|fault| fault.kind == FaultKind::NotNow)
+        {
+            self.note_backup(vm, number, result);
+            return Ok(());
+        }
         match result {
-            Ok(()) => self.note_success(subject, &step),
+            Ok(_) => self.note_success(subject, &step),
             Err(fault) if fault.kind == FaultKind::NotNow => {
                 tracing::warn!(reason = fault.reason, "not possible just now");
                 let failure = self.failures.remove(&subject);
@@ -368,6 +390,22 @@ impl Executor {
             }
         }
         self.save()
+    }
+
+    /// Made or not, it is told once: whether to try again is for whoever asked for it.
+    fn note_backup(&mut self, vm: VmId, number: u32, result: Result<Option<Copied>, Fault>) {
+        let wish = self.assignment.iter().flat_map(|assignment| &assignment.vms).find(|wish| wish.vm == vm);
+        let Some(epoch) = wish.map(|wish| wish.epoch) else { return };
+        let (outcome, at) = match result {
+            Ok(Some(Copied { made, at_millis })) => (Ok(made), at_millis),
+            Ok(None) => (Err("the agent has a mistake in it: a backup without bytes".into()), 0),
+            Err(fault) => {
+                tracing::warn!(%vm, number, reason = fault.reason, "a backup failed");
+                (Err(fault.reason), 0)
+            }
+        };
+        self.failures.remove(&Subject::Backup(vm));
+        self.backups.insert(vm, (BackupReport { vm, epoch, number, outcome }, at));
     }
 
     fn note_success(&mut self, subject: Subject, step: &Step) {
@@ -407,6 +445,12 @@ impl Executor {
     fn save(&mut self) -> io::Result<()> {
         self.journal.save(&self.seen, &self.memories)
     }
+}
+
+/// As it is told now: how old the copy has become since it was made.
+fn aged(made: &BackupReport, more_millis: u64) -> BackupReport {
+    let outcome = made.outcome.clone().map(|made| BackupMade { age_millis: more_millis, ..made });
+    BackupReport { outcome, ..made.clone() }
 }
 
 #[cfg(test)]

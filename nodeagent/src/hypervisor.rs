@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use model::{Capacity, HypervisorKind, ImageFormat, Mac, NetworkId, VmId, telemetry::NodeStatus};
+use model::{Capacity, Consistency, HypervisorKind, ImageFormat, Mac, NetworkId, VmId, telemetry::NodeStatus};
 
 use crate::lease::Permit;
 use job::Job;
@@ -106,17 +106,6 @@ pub struct Backup {
     /// Size of the disk that the guest sees.
     pub virtual_bytes: u64,
     pub consistency: Consistency,
-}
-
-/// What the guest finds on a disk that was restored from a backup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Consistency {
-    /// It was off: its disk as it left it.
-    Off,
-    /// Its file systems were frozen at that moment: as if they had been unmounted.
-    Frozen,
-    /// As after a power failure at that moment: all that was synced, and a journal to replay.
-    Crash,
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -12,7 +12,7 @@ use std::{
 use api::session::FromAgent;
 use model::{
     Digest, NodeSummary, VmId,
-    command::{ImageReport, VmReport},
+    command::{BackupReport, ImageReport, VmReport},
 };
 use tokio::sync::Notify;
 
@@ -31,6 +31,7 @@ pub struct Outbox {
 struct Waiting {
     vms: BTreeMap<VmId, Letter<VmReport>>,
     images: BTreeMap<Digest, Letter<ImageReport>>,
+    backups: BTreeMap<VmId, Letter<BackupReport>>,
     summaries: VecDeque<NodeSummary>,
     /// The number of the last frame; rises over all sessions of this process.
     number: u64,
@@ -53,6 +54,11 @@ impl Outbox {
         self.news.notify_one();
     }
 
+    pub fn backup(&self, report: BackupReport) {
+        self.waiting().backups.insert(report.vm, Letter { report, sent: None });
+        self.news.notify_one();
+    }
+
     pub fn summary(&self, summary: NodeSummary) {
         let mut waiting = self.waiting();
         if waiting.summaries.len() == WAITING_SUMMARIES {
@@ -68,6 +74,7 @@ impl Outbox {
         let mut waiting = self.waiting();
         waiting.vms.values_mut().for_each(|letter| letter.sent = None);
         waiting.images.values_mut().for_each(|letter| letter.sent = None);
+        waiting.backups.values_mut().for_each(|letter| letter.sent = None);
         drop(waiting);
         self.news.notify_one();
     }
@@ -88,11 +95,13 @@ impl Outbox {
         let mut waiting = self.waiting();
         waiting.vms.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
         waiting.images.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
+        waiting.backups.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
     }
 
     pub fn is_empty(&self) -> bool {
         let waiting = self.waiting();
-        waiting.vms.is_empty() && waiting.images.is_empty() && waiting.summaries.is_empty()
+        let told = waiting.vms.is_empty() && waiting.images.is_empty() && waiting.backups.is_empty();
+        told && waiting.summaries.is_empty()
     }
 
     fn take(&self) -> Option<FromAgent> {
@@ -107,6 +116,11 @@ impl Outbox {
         if !reports.is_empty() {
             waiting.number = number;
             return Some(FromAgent::ImageReports { number, reports });
+        }
+        let reports: Vec<BackupReport> = unsent(waiting.backups.values_mut(), number);
+        if !reports.is_empty() {
+            waiting.number = number;
+            return Some(FromAgent::BackupReports { number, reports });
         }
         waiting.summaries.pop_front().map(FromAgent::Summary)
     }

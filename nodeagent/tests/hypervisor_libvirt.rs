@@ -6,9 +6,9 @@
 
 use std::{path::PathBuf, process::Command, time::Duration};
 
-use model::{Capacity, HypervisorKind, ImageFormat, VmId};
+use model::{Capacity, Consistency, HypervisorKind, ImageFormat, VmId};
 use nodeagent::hypervisor::{
-    Consistency, GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason,
+    GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason,
     contract::{Subject, run},
     domain_xml::{backup_xml, domain_name},
     job::Job,

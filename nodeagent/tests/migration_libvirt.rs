@@ -91,6 +91,9 @@ fn a_booted_guest_goes_on_where_it_was_through_the_agents_own_connection() {
     assert_eq!(cloud.powers(), [None, Some(GuestPower::Running)]);
 }
 
+/// What it is, and how it is done while a guest is on its way.
+type Fault<'a> = (&'a str, &'a dyn Fn(Departure, &Job));
+
 #[test]
 fn whatever_breaks_in_the_middle_the_guest_stays_where_it_was() {
     let (Some(one), Some(two)) = (Host::start(1), Host::start(2)) else { return };
@@ -99,7 +102,7 @@ fn whatever_breaks_in_the_middle_the_guest_stays_where_it_was() {
     let spec = GuestSpec { epoch: 10, ..cloud.one.host.spec(VM.0) };
     here.make_disk(&spec).unwrap();
     here.start(&spec).unwrap();
-    let faults: [(&str, &dyn Fn(Departure, &Job)); 4] = [
+    let faults: [Fault; 4] = [
         ("the agents lose each other", &|departure, _| drop(departure)),
         ("the destination's libvirtd hangs, and the time is over", &|departure, job| {
             cloud.two.host.signal_libvirtd("STOP");
@@ -246,6 +249,8 @@ impl Member {
             cluster: CLUSTER.into(),
             node,
             identity,
+            data: host.agent_dir(),
+            leases: Arc::new(nodeagent::lease::Leases::open(&host.agent_dir()).unwrap()),
             underlay: IpAddr::V4(Ipv4Addr::LOCALHOST),
             hypervisor: hypervisor.clone(),
             network: Arc::new(SimulatedNetwork::new()),

@@ -160,6 +160,38 @@ async fn machines_of_a_lost_host_are_made_again_elsewhere_and_not_taken_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_machine_of_a_lost_host_is_made_from_its_last_backup() {
+    let mut stage = Stage::furnished(2).await;
+    stage.create_vm("web", "tiny").await.unwrap();
+    let before = stage.vm_is("web", "running").await;
+    assert_eq!(before.backups.unwrap().safe_at_millis, 0, "nothing is safe yet");
+    stage.trefoil_ok(&["backup", "create", "web", "--wait"]);
+    until("the backup is on another host", async || {
+        let backups = stage.vm("web").await.map_err(|error| error.to_string())?.backups.unwrap_or_default();
+        if backups.safe_at_millis > 0 { Ok(()) } else { Err(format!("{backups:?}")) }
+    })
+    .await;
+    let listed = stage.trefoil_ok(&["backup", "list", "--vm", "web"]);
+    assert_eq!((listed.as_array().map(Vec::len), &listed[0]["backup_of"]), (Some(1), &before.id.as_str().into()));
+
+    let host = (0..2).find(|host| format!("host-{}", host + 1) == before.node).expect("the host has a name");
+    assert!(stage.cluster.kill_agent(host).unwrap());
+    until("it runs on the other host", async || match stage.vm("web").await {
+        Ok(vm) if vm.status == "running" && vm.node != before.node => Ok(()),
+        Ok(vm) => Err(format!("{} on {}: {}", vm.status, vm.node, vm.reason)),
+        Err(error) => Err(error.to_string()),
+    })
+    .await;
+    let after = stage.vm("web").await.unwrap();
+    assert_eq!(after.backups.unwrap().restored_from, listed[0]["name"].as_str().unwrap());
+    assert_eq!(after.loss.unwrap().data_from_millis, listed[0]["taken_at_millis"].as_u64().unwrap());
+    let name = listed[0]["name"].as_str().unwrap();
+    stage.trefoil_ok(&["backup", "restore", name, "copy", "--template", "tiny", "--network", "blue"]);
+    stage.vm_is("copy", "running").await;
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_finds_no_room_is_pending_and_placed_when_there_is_room() {
     let stage = Stage::furnished(1).await;
     let memory = memory_of_a_host(&stage).await;

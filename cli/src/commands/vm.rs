@@ -257,7 +257,7 @@ async fn console(vm: String, bytes: u64, context: &Context) -> Result<(), ApiErr
 }
 
 /// Waits when that is wanted, and tells what the machine is then.
-async fn follow(vm: Vm, goal: Goal, wait: &WaitArgs, context: &Context) -> Result<(), ApiError> {
+pub(super) async fn follow(vm: Vm, goal: Goal, wait: &WaitArgs, context: &Context) -> Result<(), ApiError> {
     let vm = if wait.wanted(context) { until(context, &vm, goal, wait).await?.unwrap_or(vm) } else { vm };
     context.print(&vm, || sentence(&vm))
 }
@@ -323,6 +323,8 @@ fn describe(vm: &Vm) -> String {
             ("hypervisor", vm.hypervisor.clone()),
             ("image", vm.image.clone()),
             ("template", vm.template.clone()),
+            ("data loss window", data_loss_window(vm)),
+            ("backups", schedule(vm)),
             ("recovery", recovery.unwrap_or_default()),
             ("last recovery", loss.unwrap_or_default()),
             ("vcpus", vm.vcpus.to_string()),
@@ -335,6 +337,30 @@ fn describe(vm: &Vm) -> String {
         ],
         None,
     )
+}
+
+/// What would be lost if its node were lost now.
+fn data_loss_window(vm: &Vm) -> String {
+    match vm.backups.as_ref() {
+        None => String::new(),
+        Some(backups) if backups.safe_at_millis > 0 => {
+            format!("since {}, by {}", moment_text(backups.safe_at_millis), backups.safe_image)
+        }
+        Some(_) => "everything: no backup of it is on another node".into(),
+    }
+}
+
+fn schedule(vm: &Vm) -> String {
+    let Some(backups) = &vm.backups else { return String::new() };
+    let every = match backups.every_millis {
+        0 => "on demand".into(),
+        every => format!("every {}, next {}", duration_text(every), moment_text(backups.due_at_millis)),
+    };
+    let keep = if backups.keep == 0 { String::new() } else { format!(", {} kept", backups.keep) };
+    let now = if backups.asked == backups.answered { String::new() } else { ", one is under way".into() };
+    let failed =
+        if backups.reason.is_empty() { String::new() } else { format!(", the last failed: {}", backups.reason) };
+    format!("{every}{keep}{now}{failed}")
 }
 
 /// The key itself, or the file that it is in.

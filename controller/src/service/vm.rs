@@ -31,6 +31,19 @@ impl Service {
         self.vm_shown(index, reply).await
     }
 
+    pub(super) async fn vm_back_up(&self, request: Request<proto::VmRef>) -> Result<proto::Vm, ApiError> {
+        let (_, index, reply) = self.change("BackUpVm", &request, back_up).await?;
+        self.vm_shown(index, reply).await
+    }
+
+    pub(super) async fn vm_backup_set(
+        &self,
+        request: Request<proto::SetVmBackupRequest>,
+    ) -> Result<proto::Vm, ApiError> {
+        let (_, index, reply) = self.change("SetVmBackup", &request, set_backup).await?;
+        self.vm_shown(index, reply).await
+    }
+
     pub(super) async fn vm_reboot(&self, request: Request<proto::VmRef>) -> Result<proto::Vm, ApiError> {
         let (_, index, reply) = self.change("RebootVm", &request, reboot).await?;
         self.vm_shown(index, reply).await
@@ -128,6 +141,16 @@ fn set_recovery(state: &State, caller: &Caller, body: &proto::SetVmRecoveryReque
         recovery: recovery(&body.recovery)?,
         priority: priority(body.priority)?,
     }))
+}
+
+fn back_up(state: &State, caller: &Caller, body: &proto::VmRef) -> Result<Command, ApiError> {
+    Ok(Command::Tenant(TenantCommand::BackUpVm { vm: name::vm(state, caller, &body.tenant, &body.vm)?.id }))
+}
+
+fn set_backup(state: &State, caller: &Caller, body: &proto::SetVmBackupRequest) -> Result<Command, ApiError> {
+    let vm = name::vm(state, caller, &body.tenant, &body.vm)?.id;
+    let (every_millis, keep) = (body.every_millis, body.keep);
+    Ok(Command::Tenant(TenantCommand::SetVmBackup { vm, every_millis, keep }))
 }
 
 fn recovery(text: &str) -> Result<Recovery, ApiError> {

@@ -53,6 +53,7 @@ impl State {
             digest,
             wanted_replicas,
             replicas,
+            backup: None,
             created_at: m.now,
         };
         self.meter_image(m.now, &image);

@@ -120,10 +120,10 @@ impl State {
                 self.remove_vm(vm.id);
                 continue;
             }
+            // Its disk is gone with the host, so its owner may have it made anew elsewhere.
+            self.lose_disk(m, &mut vm);
             vm.placement = None;
             vm.phase = Some(Phase::Failed);
-            // Its disk is gone with the host, so its owner may have it made anew elsewhere.
-            vm.existed = false;
             vm.reason = format!("its host {name} was removed");
             (vm.deadline, vm.retry_at, vm.changed_at) = (None, None, m.now);
             self.meter_vm(m.now, &vm);

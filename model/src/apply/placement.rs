@@ -15,6 +15,7 @@ impl State {
         vm.placement = Some(Placement { node, epoch: m.index });
         vm.phase = None;
         vm.existed = false;
+        vm.backups.answered = vm.backups.asked;
         vm.rebooted = vm.reboots;
         vm.reason.clear();
         vm.deadline = Some(m.now.plus_millis(self.setting(setting::CREATE_DEADLINE)));

@@ -1,7 +1,7 @@
 //! Hosts that are lost, and what becomes of the machines on them.
 
 use super::{Applied, Moment, check};
-use crate::{Brake, Loss, Node, NodeId, NodeState, Noun, Phase, Rejection, Reply, State, VmId, Wanted, setting};
+use crate::{Brake, Node, NodeId, NodeState, Noun, Phase, Rejection, Reply, State, VmId, Wanted, setting};
 
 impl State {
     pub(super) fn declare_lost(&mut self, m: Moment, id: NodeId, incarnation: u64) -> Applied {
@@ -53,8 +53,8 @@ impl State {
         (vm.deadline, vm.retry_at, vm.changed_at) = (None, None, m.now);
         if may_move(&vm) {
             vm.reason = format!("its host {} was lost", node.name);
-            vm.loss = vm.existed.then_some(Loss { node: node.id, at: m.now, data_from: None }).or(vm.loss);
-            (vm.placement, vm.phase, vm.existed, vm.attempts) = (None, None, false, 0);
+            self.lose_disk(m, &mut vm);
+            (vm.placement, vm.phase, vm.attempts) = (None, None, 0);
         } else {
             vm.reason = format!("it waits for its host {}, which was lost", node.name);
             vm.phase = Some(Phase::Lost);

@@ -117,9 +117,14 @@ impl State {
                     }
                     (Some(ReplicaState::Good), true) | (Some(ReplicaState::Lost(_)) | None, _) => continue,
                 };
+                let backup = image.backup;
                 self.put_image(image);
                 self.renumber_node(node);
                 self.renumber_fetchers(id);
+                if let Some(of) = backup {
+                    // An older one may go when a newer one is safe.
+                    self.drop_superfluous_backups(m, of.vm);
+                }
             }
         }
         Ok(Reply::Done)

@@ -4,8 +4,8 @@ use std::net::Ipv4Addr;
 
 use super::{Applied, Moment, check};
 use crate::{
-    Capacity, ImageId, Mac, Network, NetworkId, Nic, Noun, Phase, Recovery, Rejection, Reply, State, Status, TenantId,
-    Timestamp, Vm, VmId, Wanted, setting,
+    Backups, Capacity, ImageId, Mac, Network, NetworkId, Nic, Noun, Phase, Recovery, Rejection, Reply, State, Status,
+    TenantId, Timestamp, Vm, VmId, Wanted, setting,
 };
 
 pub(super) struct Order<'a> {
@@ -61,6 +61,8 @@ impl State {
             recovery: order.after_loss.0,
             priority: order.after_loss.1,
             loss: None,
+            backups: Backups::default(),
+            restored_from: None,
             stop_grace_millis: 0,
             reboots: 0,
             placement: None,
@@ -175,7 +177,7 @@ impl State {
     }
 
     /// One that can still be asked for something.
-    fn owned_vm(&self, m: Moment, id: VmId) -> Result<&Vm, Rejection> {
+    pub(super) fn owned_vm(&self, m: Moment, id: VmId) -> Result<&Vm, Rejection> {
         let vm = self.visible_vm(m, id)?;
         if vm.wanted == Wanted::Deleted {
             return Err(Rejection::Stale(format!("{} is being deleted", vm.name)));

@@ -3,6 +3,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
+    iter,
 };
 
 use super::State;
@@ -26,6 +27,7 @@ pub struct Index {
     pub(crate) vms_by_tenant: BTreeMap<TenantId, BTreeSet<VmId>>,
     pub(crate) vms_by_node: BTreeMap<NodeId, BTreeSet<VmId>>,
     pub(crate) vms_by_image: BTreeMap<ImageId, BTreeSet<VmId>>,
+    pub(crate) backups_by_vm: BTreeMap<VmId, BTreeSet<ImageId>>,
     pub(crate) addresses: BTreeMap<NetworkId, BTreeMap<u32, VmId>>,
     /// How many machines of a network are on each node.
     pub(crate) network_nodes: BTreeMap<NetworkId, BTreeMap<NodeId, u32>>,
@@ -91,6 +93,9 @@ impl Index {
     pub(super) fn add_image(&mut self, row: &Image) {
         self.image_by_name.insert((row.tenant, row.name.clone()), row.id);
         self.images_by_digest.entry(row.digest).or_default().insert(row.id);
+        if let Some(of) = row.backup {
+            self.backups_by_vm.entry(of.vm).or_default().insert(row.id);
+        }
         for node in row.replicas.keys() {
             self.images_by_node.entry(*node).or_default().insert(row.id);
         }
@@ -113,7 +118,9 @@ impl Index {
             usage.vms += 1;
             usage.size = usage.size.plus(vm.size);
         }
-        self.vms_by_image.entry(vm.image).or_default().insert(vm.id);
+        for image in iter::once(vm.image).chain(vm.restored_from) {
+            self.vms_by_image.entry(image).or_default().insert(vm.id);
+        }
         for nic in &vm.nics {
             self.addresses.entry(nic.network).or_default().insert(nic.ip.into(), vm.id);
         }
@@ -140,7 +147,9 @@ impl Index {
             usage.size = usage.size.minus(vm.size);
             self.settle_usage(vm.tenant);
         }
-        forget(&mut self.vms_by_image, vm.image, vm.id);
+        for image in iter::once(vm.image).chain(vm.restored_from) {
+            forget(&mut self.vms_by_image, image, vm.id);
+        }
         for nic in &vm.nics {
             if let Some(addresses) = self.addresses.get_mut(&nic.network) {
                 addresses.remove(&nic.ip.into());

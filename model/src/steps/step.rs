@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::{
     Digest, ImageWish, NetworkWish, VmId,
-    command::{ImageReport, VmReport},
+    command::{BackupReport, ImageReport, VmReport},
 };
 
 /// One thing to do. Each prints as one line.
@@ -46,6 +46,13 @@ pub enum Step {
         vm: VmId,
         epoch: u64,
     },
+    /// Copy a machine's disk into an image.
+    BackUp {
+        vm: VmId,
+        number: u32,
+    },
+    /// Tell the quorum what became of a backup.
+    ReportBackup(BackupReport),
     /// Tell the quorum what became of a machine.
     Report(VmReport),
     /// Tell the quorum what became of a replica.
@@ -70,7 +77,8 @@ impl Step {
             | Self::Reset { vm, .. }
             | Self::Remove(vm)
             | Self::Quarantine { vm, .. } => Some(Subject::Vm(*vm)),
-            Self::Report(_) | Self::ReportImage(_) => None,
+            Self::BackUp { vm, .. } => Some(Subject::Backup(*vm)),
+            Self::Report(_) | Self::ReportImage(_) | Self::ReportBackup(_) => None,
         }
     }
 }
@@ -93,6 +101,11 @@ impl fmt::Display for Step {
             Self::Reset { vm, reboots } => write!(f, "reset {vm} for reboot {reboots}"),
             Self::Remove(vm) => write!(f, "remove {vm}"),
             Self::Quarantine { vm, epoch } => write!(f, "quarantine {vm} epoch {epoch}"),
+            Self::BackUp { vm, number } => write!(f, "back up {vm}, number {number}"),
+            Self::ReportBackup(report) => match &report.outcome {
+                Ok(made) => write!(f, "report backup {} of {}: {}", report.number, report.vm, made.digest),
+                Err(reason) => write!(f, "report backup {} of {} failed: {reason}", report.number, report.vm),
+            },
             Self::Report(report) => {
                 write!(
                     f,
@@ -113,4 +126,6 @@ pub enum Subject {
     Vm(VmId),
     Network(u32),
     Image(Digest),
+    /// Apart from the machine itself: what its owner wants of it does not wait for a copy of its disk.
+    Backup(VmId),
 }

@@ -1,7 +1,7 @@
 //! One entry for each command, in an order in which a cloud accepts them, and the state that follows.
 
 use model::{
-    command::{ImageReport, VmReport},
+    command::{BackupMade, BackupReport, ImageReport, VmReport},
     *,
 };
 
@@ -13,6 +13,8 @@ pub fn name(command: &Command) -> &'static str {
     match command {
         Command::Tenant(T::CreateVm { .. }) => "tenant.create-vm",
         Command::Tenant(T::SetVmRecovery { .. }) => "tenant.set-vm-recovery",
+        Command::Tenant(T::BackUpVm { .. }) => "tenant.back-up-vm",
+        Command::Tenant(T::SetVmBackup { .. }) => "tenant.set-vm-backup",
         Command::Tenant(T::SetVmPower { .. }) => "tenant.set-vm-power",
         Command::Tenant(T::RebootVm { .. }) => "tenant.reboot-vm",
         Command::Tenant(T::DeleteVm { .. }) => "tenant.delete-vm",
@@ -39,6 +41,7 @@ pub fn name(command: &Command) -> &'static str {
         Command::Node(N::Attach { .. }) => "node.attach",
         Command::Node(N::ReportVms { .. }) => "node.report-vms",
         Command::Node(N::ReportImages { .. }) => "node.report-images",
+        Command::Node(N::ReportBackups { .. }) => "node.report-backups",
         Command::Node(N::Summarise { .. }) => "node.summarise",
         Command::Planner(P::Found { .. }) => "planner.found",
         Command::Planner(P::JoinController { .. }) => "planner.join-controller",
@@ -52,6 +55,7 @@ pub fn name(command: &Command) -> &'static str {
         Command::Planner(P::SetNodeSilent { .. }) => "planner.set-node-silent",
         Command::Planner(P::DeclareLost { .. }) => "planner.declare-lost",
         Command::Planner(P::RecoverVm { .. }) => "planner.recover-vm",
+        Command::Planner(P::BackUpDueVm { .. }) => "planner.back-up-due-vm",
         Command::Planner(P::AddReplica { .. }) => "planner.add-replica",
     }
 }
@@ -177,6 +181,14 @@ fn life() -> Vec<Command> {
 fn end() -> Vec<Command> {
     let (vm, node_id, tenant) = (VmId(1), NodeId(1), TenantId(1));
     let reports = vec![ImageReport { digest: Digest([5; 32]), good: true }];
+    let outcome = Ok(BackupMade {
+        digest: Digest([6; 32]),
+        size_bytes: GIB,
+        virtual_bytes: 2 * GIB,
+        age_millis: 30_000,
+        consistency: Consistency::Frozen,
+    });
+    let made = BackupReport { vm, epoch: 19, number: 1, outcome };
     vec![
         node(NodeCommand::ReportImages { node: node_id, incarnation: 1, reports }),
         Command::Planner(PlannerCommand::AddReplica { image: ImageId(1), node: NodeId(2) }),
@@ -184,6 +196,14 @@ fn end() -> Vec<Command> {
         Command::Planner(PlannerCommand::ExpireVm { vm }),
         Command::Planner(PlannerCommand::SetNodeSilent { node: node_id, incarnation: 1, silent: true }),
         Command::Planner(PlannerCommand::RetireController { controller: ControllerId(2) }),
+        tenant_asks(TenantCommand::SetVmBackup { vm, every_millis: 86_400_000, keep: 7 }),
+        Command::Planner(PlannerCommand::BackUpDueVm { vm }),
+        tenant_asks(TenantCommand::BackUpVm { vm }),
+        node(NodeCommand::ReportBackups {
+            node: node_id,
+            incarnation: 1,
+            reports: vec![made.clone(), BackupReport { outcome: Err("no room".into()), ..made }],
+        }),
         tenant_asks(TenantCommand::SetVmRecovery { vm, recovery: Recovery::RestartInPlace, priority: 1 }),
         operator(OperatorCommand::ArmRecovery { armed: false }),
         operator(OperatorCommand::MaintainNode { node: node_id, maintenance: true }),

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use model::{
-    command::{ImageReport, VmReport},
+    command::{BackupMade, BackupReport, ImageReport, VmReport},
     *,
 };
 use proptest::prelude::*;
@@ -186,11 +186,16 @@ impl Source {
 
     fn power(&mut self, state: &State, r: &mut Reader) -> Entry {
         let vm = self.machine(state, r);
-        let wanted = match r.below(12) {
+        let wanted = match r.below(14) {
             0..=3 => Wanted::Running,
             4..=5 => Wanted::Suspended,
             6..=7 => Wanted::Stopped,
             8 => Wanted::Deleted,
+            10 if r.one_in(2) => return self.tenant(TenantCommand::BackUpVm { vm }),
+            10 => {
+                let (every_millis, keep) = ([0, 60_000, 3_600_000][r.below(3)], r.below(3) as u32);
+                return self.tenant(TenantCommand::SetVmBackup { vm, every_millis, keep });
+            }
             9 => {
                 let (recovery, priority) = (recovery(r), r.below(3) as u8);
                 return self.tenant(TenantCommand::SetVmRecovery { vm, recovery, priority });
@@ -215,6 +220,11 @@ impl Source {
         let late = u64::from(r.one_in(12));
         let incarnation = node.incarnation - late.min(node.incarnation);
         let held: Vec<&Vm> = state.vms_on_node(node.id).collect();
+        let asked: Vec<&&Vm> = held.iter().filter(|vm| vm.backups.pending().is_some()).collect();
+        if let (Some(vm), true) = (r.pick(&asked), r.one_in(2)) {
+            let reports = vec![backup_report(vm, r)];
+            return self.node(node.id, NodeCommand::ReportBackups { node: node.id, incarnation, reports });
+        }
         let many = 1 + r.below(2);
         let reports = (0..many).filter_map(|_| r.pick(&held).map(|vm| vm_report(vm, r))).collect();
         self.node(node.id, NodeCommand::ReportVms { node: node.id, incarnation, reports })
@@ -391,4 +401,18 @@ fn import(tenant: TenantId, name: &str, size_bytes: u64, digest: u8, replicas: V
 
 fn recovery(r: &mut Reader) -> Recovery {
     [Recovery::Exclusive, Recovery::Available, Recovery::RestartInPlace, Recovery::None][r.below(4)]
+}
+
+fn backup_report(vm: &Vm, r: &mut Reader) -> BackupReport {
+    let number = vm.backups.asked - u32::from(r.one_in(9)).min(vm.backups.asked);
+    let epoch = vm.placement.map_or(0, |placement| placement.epoch);
+    let made = BackupMade {
+        digest: Digest([40 + r.below(9) as u8; 32]),
+        size_bytes: GIB / 8,
+        virtual_bytes: vm.size.disk_bytes.max(1),
+        age_millis: 1000,
+        consistency: Consistency::Crash,
+    };
+    let outcome = if r.one_in(4) { Err("no room".into()) } else { Ok(made) };
+    BackupReport { vm: vm.id, epoch, number, outcome }
 }

@@ -92,6 +92,13 @@ pub fn settle(state: &mut State, source: &mut Source) -> Result<(), String> {
         index += 1;
         state.apply(index, &source.attach(node, 0, 2)).map_err(|refusal| refusal.to_string())?;
     }
+    let machines: Vec<VmId> = state.vms().iter().map(|(id, _)| *id).collect();
+    for vm in machines {
+        // A schedule is never at rest.
+        index += 1;
+        let command = Command::Tenant(TenantCommand::SetVmBackup { vm, every_millis: 0, keep: 0 });
+        let _ = state.apply(index, &Entry { at: state.now(), request: None, actor: Actor::System, command });
+    }
     for _ in 0..ROUNDS {
         source.clock += ROUND_MILLIS;
         let now = Timestamp(source.clock);
@@ -135,6 +142,7 @@ fn reports(state: &State) -> Vec<(Actor, Command)> {
         NodeCommand::Attach { node, .. }
         | NodeCommand::ReportVms { node, .. }
         | NodeCommand::ReportImages { node, .. }
+        | NodeCommand::ReportBackups { node, .. }
         | NodeCommand::Summarise { node, .. } => *node,
     };
     out.into_iter().map(|command| (Actor::Node(node(&command)), Command::Node(command))).collect()

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use model::{
-    command::{ImageReport, VmReport},
+    command::{BackupMade, BackupReport, ImageReport, VmReport},
     *,
 };
 
@@ -235,6 +235,9 @@ impl Story {
                 Command::Node(NodeCommand::ReportImages { node, incarnation, reports }),
             ));
         }
+        if line.word(2)? == "backup" {
+            return self.report_backup(node, incarnation, line);
+        }
         let vm = self.machine(line.word(2)?)?;
         let row = self.state.vms().get(&vm).ok_or("no such machine")?;
         let epoch = line.number("epoch", row.placement.map_or(0, |placement| placement.epoch))?;
@@ -259,6 +262,26 @@ impl Story {
         Ok(self.said(Actor::Node(node), None, Command::Node(NodeCommand::ReportVms { node, incarnation, reports })))
     }
 
+    /// `alpha reports backup acme/web 1 GiB`, `alpha reports backup acme/web failed: no space`.
+    fn report_backup(&mut self, node: NodeId, incarnation: u64, line: &Line) -> Told {
+        let vm = self.machine(line.word(3)?)?;
+        let row = self.state.vms().get(&vm).ok_or("no such machine")?;
+        let number = line.number("number", row.backups.asked.into())? as u32;
+        let outcome = match line.word(4)?.parse::<u64>() {
+            Ok(gib) => Ok(BackupMade {
+                digest: Digest::of(format!("{vm} {number}").as_bytes()),
+                size_bytes: gib * GIB,
+                virtual_bytes: row.size.disk_bytes,
+                age_millis: 1000,
+                consistency: Consistency::Frozen,
+            }),
+            Err(_) => Err(line.reason.clone()),
+        };
+        let epoch = row.placement.map_or(0, |placement| placement.epoch);
+        let reports = vec![BackupReport { vm, epoch, number, outcome }];
+        Ok(self.said(Actor::Node(node), None, Command::Node(NodeCommand::ReportBackups { node, incarnation, reports })))
+    }
+
     fn owner(&mut self, actor: Actor, text: &str, line: &Line) -> Told {
         let noun = line.word(1)?;
         let stop_grace_millis = line.values.get("grace").map_or(Ok(0), |grace| millis(grace))?;
@@ -276,6 +299,12 @@ impl Story {
             "run" => power(self, Wanted::Running)?,
             "suspend" => power(self, Wanted::Suspended)?,
             "stop" => power(self, Wanted::Stopped)?,
+            "backup" => TenantCommand::BackUpVm { vm: self.machine(noun)? },
+            "schedule" => TenantCommand::SetVmBackup {
+                vm: self.machine(noun)?,
+                every_millis: line.values.get("every").map_or(Ok(0), |text| millis(text))?,
+                keep: line.number("keep", 0)? as u32,
+            },
             "reboot" => TenantCommand::RebootVm { vm: self.machine(noun)? },
             "tag" => {
                 let (tenant, key) = self.owned(noun)?;

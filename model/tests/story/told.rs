@@ -52,6 +52,14 @@ fn machine(state: &State, vm: &Vm) -> String {
     if let Some(at) = vm.deadline {
         line += &format!(", given {}", after(at));
     }
+    if let Some(number) = vm.backups.pending() {
+        line += &format!(", backup {number} under way");
+    } else if !vm.backups.reason.is_empty() {
+        line += &format!(", backup {} failed ({})", vm.backups.answered, vm.backups.reason);
+    }
+    if let Some(image) = vm.restored_from {
+        line += &format!(", made from {image}");
+    }
     if !vm.reason.is_empty() {
         line += &format!(": {}", vm.reason);
     }

@@ -191,6 +191,7 @@ fn assignment(sources: Vec<String>) -> Assignment {
         request: model::RequestId::default(),
         attempt: 0,
         power: Power::Running,
+        backup: None,
         recovery: model::Recovery::default(),
         stop_grace_millis: 0,
         reboots: 0,

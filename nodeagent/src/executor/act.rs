@@ -5,14 +5,16 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use futures::FutureExt;
 use model::{
     Assignment, ImageWish, VmId,
+    command::BackupMade,
     steps::{IMAGE_IDLE_MILLIS, Step},
 };
 use storage::images::ImageError;
 use tokio::task::spawn_blocking;
 
 use crate::{
+    clock,
     host::Host,
-    hypervisor::{GuestNic, GuestSpec, Hypervisor, HypervisorError},
+    hypervisor::{GuestNic, GuestSpec, Hypervisor, HypervisorError, job::Job},
     images::{self, TransferError},
 };
 
@@ -34,8 +36,19 @@ pub enum FaultKind {
     Permanent,
 }
 
-/// Carries out a step; a panic in it is a fault like another.
-pub async fn act(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Result<(), Fault> {
+/// A copy of a disk, in the image store.
+#[derive(Clone, Copy, Debug)]
+pub struct Copied {
+    pub made: BackupMade,
+    /// The host's clock when the disk was so.
+    pub at_millis: u64,
+}
+
+/// A copy of a large disk over a slow one takes hours; one that takes a day will never be done.
+const BACKUP_LIMIT: Duration = Duration::from_secs(24 * 3600);
+
+/// Carries out a step; a panic in it is a fault like another. A backup gives what it made.
+pub async fn act(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Result<Option<Copied>, Fault> {
     let name = step.to_string();
     let outcome = AssertUnwindSafe(perform(host, assignment, step)).catch_unwind().await;
     let outcome =
@@ -47,9 +60,10 @@ pub async fn act(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Re
     })
 }
 
-async fn perform(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Result<(), Fault> {
+async fn perform(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Result<Option<Copied>, Fault> {
     check_lease(&host, &assignment, &step)?;
-    match step {
+    let done = match step {
+        Step::BackUp { vm, .. } => return back_up(host, vm).await.map(Some),
         Step::FetchImage(image) => fetch(&host, image).await,
         Step::DropImage(digest) => {
             let store = host.images.clone();
@@ -71,15 +85,37 @@ async fn perform(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Re
         Step::Remove(vm) => hypervisor(host, move |hypervisor| hypervisor.remove(vm)).await,
         Step::Quarantine { vm, .. } => hypervisor(host, move |hypervisor| hypervisor.quarantine(vm)).await,
         // The executor delivers these itself.
-        Step::Report(_) | Step::ReportImage(_) => Ok(()),
-    }
+        Step::Report(_) | Step::ReportImage(_) | Step::ReportBackup(_) => Ok(()),
+    };
+    done.map(|()| None)
+}
+
+async fn back_up(host: Arc<Host>, vm: VmId) -> Result<Copied, Fault> {
+    let copied = spawn_blocking(move || {
+        let at_millis = clock::boottime_millis();
+        let backup = host.hypervisor.back_up(vm, &Job::new(BACKUP_LIMIT)).map_err(hypervisor_fault)?;
+        let held = host.images.adopt(&backup.file).map_err(|error| fault(FaultKind::Transient, error))?;
+        let made = BackupMade {
+            digest: held.digest,
+            size_bytes: held.size_bytes,
+            virtual_bytes: backup.virtual_bytes,
+            age_millis: 0,
+            consistency: backup.consistency,
+        };
+        Ok(Copied { made, at_millis })
+    });
+    copied.await.map_err(|_| cut_short())?
 }
 
 /// A guest that may not run is neither started nor spoken to: the guard has stopped its process, or is about to, and
 /// libvirt would wait for an answer. It may still be switched off and set aside.
 fn check_lease(host: &Host, assignment: &Assignment, step: &Step) -> Result<(), Fault> {
-    let (Step::Start { vm, .. } | Step::Suspend(vm) | Step::Resume(vm) | Step::PressPower(vm) | Step::Reset { vm, .. }) =
-        step
+    let (Step::Start { vm, .. }
+    | Step::Suspend(vm)
+    | Step::Resume(vm)
+    | Step::PressPower(vm)
+    | Step::Reset { vm, .. }
+    | Step::BackUp { vm, .. }) = step
     else {
         return Ok(());
     };

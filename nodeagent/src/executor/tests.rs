@@ -313,6 +313,7 @@ fn vm(epoch: u64, power: Power) -> VmWish {
         request: model::RequestId::default(),
         attempt: 0,
         power,
+        backup: None,
         recovery: model::Recovery::default(),
         stop_grace_millis: 300,
         reboots: 0,

@@ -10,9 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use model::VmId;
+use model::{Consistency, VmId};
 
-use super::{Consistency, GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason, job::Job};
+use super::{GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason, job::Job};
 
 pub mod migration;
 

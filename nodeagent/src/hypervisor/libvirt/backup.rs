@@ -14,12 +14,12 @@ use std::{
     thread,
 };
 
-use model::VmId;
+use model::{Consistency, VmId};
 use serde::Deserialize;
 
 use super::{
     super::{
-        Backup, Consistency, HypervisorError, Result,
+        Backup, HypervisorError, Result,
         domain_xml::backup_xml,
         guest_dir::{failed, remove_file},
         job::Job,

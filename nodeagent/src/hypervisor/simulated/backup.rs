@@ -1,10 +1,10 @@
 //! A backup of a disk that exists only on paper: the header of an empty qcow2 file of its size, and whose it is.
 
-use model::VmId;
+use model::{Consistency, VmId};
 
 use super::{
     super::{
-        Backup, Consistency, HypervisorError, Result,
+        Backup, HypervisorError, Result,
         guest_dir::{GuestDirs, remove_file, write_whole},
         job::Job,
     },
