@@ -118,8 +118,7 @@ impl State {
     /// Drops what is beyond what the machine keeps.
     pub(super) fn drop_superfluous_backups(&mut self, m: Moment, vm: VmId) {
         for image in self.superfluous_backups(vm) {
-            let nodes: Vec<_> =
-                self.images.get(&image).into_iter().flat_map(|row| row.replicas.keys()).copied().collect();
+            let nodes: Vec<_> = self.images.get(&image).into_iter().flat_map(Image::keepers).collect();
             self.stop_meter(m.now, Resource::Image(image));
             self.remove_image(image);
             nodes.into_iter().for_each(|node| self.renumber_node(node));
