@@ -1,4 +1,5 @@
-//! Measurements of a real three-controller cloud, beside a three-member etcd on the same disk in the same minutes.
+//! Measurements of a real three-controller cloud, beside a three-member etcd on the same disk in the same minutes, and
+//! of machines beside plain libvirt on the same host.
 //!
 //! Absolute figures tell about the machine; the ratios tell about the code. Each cell is measured in several rounds,
 //! the two systems in turn, so that what else the machine does falls on both.
@@ -22,13 +23,16 @@ pub mod disk;
 pub mod etcd;
 pub mod failover;
 pub mod load;
+pub mod machines;
 pub mod store;
 pub mod table;
 
-/// Clients at the same time, as the table shows them.
-pub const CLIENTS: [usize; 4] = [1, 16, 64, 256];
+/// Clients at the same time, unless others are asked for.
+const CLIENTS: [usize; 4] = [1, 16, 64, 256];
 /// Connections that they share, two to each member: a client program has one or a few, not one a request.
 const CONNECTIONS: usize = 6;
+/// Between two looks at what a server is waited for.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Different keys, written before the first measurement.
 pub const KEYS: usize = 1000;
 pub const VALUE_BYTES: usize = 256;
@@ -46,9 +50,18 @@ pub struct Settings {
     /// Measurements of each cell and system.
     #[arg(long, default_value_t = 3)]
     pub rounds: usize,
+    /// Clients at the same time; one cell of the table each.
+    #[arg(long, value_delimiter = ',', default_values_t = CLIENTS)]
+    pub clients: Vec<usize>,
+    /// What they do.
+    #[arg(long, value_delimiter = ',', value_enum, default_values_t = [Operation::Write, Operation::Read])]
+    pub operations: Vec<Operation>,
     /// How often the leader is killed.
     #[arg(long, default_value_t = 20)]
     pub kills: usize,
+    /// Machines created on a real host, each beside one of plain libvirt.
+    #[arg(long, default_value_t = 12)]
+    pub machines: usize,
     /// Where the servers keep their data: on the disk that is to be measured. By default beside this program.
     #[arg(long)]
     pub data: Option<PathBuf>,
@@ -62,6 +75,7 @@ pub struct Results {
     pub disk: disk::SyncRate,
     pub cells: Vec<Cell>,
     pub failover: Vec<failover::Gaps>,
+    pub creation: Option<machines::Creation>,
     pub memory: Vec<Memory>,
     /// What could not be measured here, and why.
     pub skipped: Vec<String>,
@@ -109,12 +123,26 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
     memory.extend(peers.iter().map(|(system, etcd)| Memory { system, resident_mib: mib(etcd.resident_bytes()) }));
     // Failover is a matter of timers, not of TLS: one etcd is enough, and nothing else runs beside.
     peers.truncate(1);
-    let mut failover = vec![failover::trefoil(&mut cluster, settings.kills).await?];
-    cluster.stop().await?;
-    for (_, etcd) in &mut peers {
-        failover.push(failover::etcd(etcd, settings.kills).await?);
+    let mut failover = Vec::new();
+    if settings.kills > 0 {
+        failover.push(failover::trefoil(&mut cluster, settings.kills).await?);
     }
-    Ok(Results { disk, cells, failover, memory, skipped, load_average: [before, load_average()] })
+    cluster.stop().await?;
+    if settings.kills > 0 {
+        for (_, etcd) in &mut peers {
+            failover.push(failover::etcd(etcd, settings.kills).await?);
+        }
+    }
+    drop(peers);
+    let creation = match machines::obstacle() {
+        None if settings.machines > 0 => Some(machines::measure(settings.machines).await?),
+        None => None,
+        Some(why) => {
+            skipped.push(format!("vm create: {why}"));
+            None
+        }
+    };
+    Ok(Results { disk, cells, failover, creation, memory, skipped, load_average: [before, load_average()] })
 }
 
 /// Every operation at every number of clients, all systems in turn.
@@ -138,8 +166,8 @@ async fn measure_load(
     let mut sync = disk::SyncRate::default();
     let mut cells = Vec::new();
     let time = Duration::from_secs_f64(settings.seconds);
-    for operation in [Operation::Write, Operation::Read] {
-        for clients in CLIENTS {
+    for operation in settings.operations.iter().copied() {
+        for clients in settings.clients.iter().copied() {
             let mut rows: Vec<Cell> = systems.iter().map(|(name, _)| Cell::new(name, operation, clients)).collect();
             for round in 0..settings.rounds {
                 sync.measure(root, Duration::from_millis(300))?;
@@ -166,11 +194,16 @@ fn load_average() -> f64 {
 ///
 /// # Errors
 /// When it is not true within the patience.
-pub async fn until<F: AsyncFnMut() -> bool>(what: &str, patience: Duration, mut holds: F) -> anyhow::Result<()> {
+pub async fn until<F: AsyncFnMut() -> bool>(
+    what: &str,
+    patience: Duration,
+    look_again: Duration,
+    mut holds: F,
+) -> anyhow::Result<()> {
     let deadline = Instant::now() + patience;
     while !holds().await {
         anyhow::ensure!(Instant::now() < deadline, "waited {patience:?} in vain for: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(look_again).await;
     }
     Ok(())
 }

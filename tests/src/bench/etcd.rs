@@ -8,7 +8,7 @@ use api::tls;
 use jepsen::cluster::{free_port, process::Process};
 use tonic::transport::{Channel, Endpoint};
 
-use super::{store::Store, until};
+use super::{LOOK_AGAIN, store::Store, until};
 
 /// Generated from `proto/etcd.proto`.
 #[allow(clippy::all, clippy::pedantic)]
@@ -70,7 +70,7 @@ impl Etcd {
             members.push(Member { process, address: format!("127.0.0.1:{client}"), arguments });
         }
         let etcd = Self { members, ca_pem };
-        until("etcd has a leader", Duration::from_secs(30), async || etcd.leader().await.is_some()).await?;
+        until("etcd has a leader", Duration::from_secs(30), LOOK_AGAIN, async || etcd.leader().await.is_some()).await?;
         Ok(etcd)
     }
 

@@ -10,6 +10,7 @@ use jepsen::cluster::{Cluster, PATIENCE};
 use serde::Serialize;
 
 use super::{
+    LOOK_AGAIN,
     etcd::Etcd,
     store::{self, Store},
     until,
@@ -68,7 +69,7 @@ pub async fn etcd(etcd: &mut Etcd, kills: usize) -> anyhow::Result<Gaps> {
         millis.push(first_acknowledgement(&stores, killed).await?);
         etcd.restart(leader)?;
         let again = etcd.stores(3)?;
-        until("every etcd member writes", PATIENCE, async || connect(&again).await.is_ok()).await?;
+        until("every etcd member writes", PATIENCE, LOOK_AGAIN, async || connect(&again).await.is_ok()).await?;
         tokio::time::sleep(REST).await;
     }
     Ok(Gaps { system: "etcd", millis })

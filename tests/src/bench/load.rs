@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::{KEYS, VALUE_BYTES, store::Store};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Operation {
     Write,

@@ -1,9 +1,6 @@
 //! The results as a table with ratios, for a terminal and for the README.
 
-use super::{
-    CLIENTS, ETCD, ETCD_TLS, Results, TREFOIL,
-    load::{Cell, Operation},
-};
+use super::{ETCD, ETCD_TLS, Results, load::Cell};
 
 pub fn print(results: &Results) {
     println!();
@@ -20,18 +17,28 @@ pub fn print(results: &Results) {
         "{:<6}{:>8} {:<9}{:>9}{:>8}{:>8}{:>10}{:>10}{:>10}{:>11}{:>8}",
         "", "clients", "", "ops/s", "÷ etcd", "÷ +tls", "p50 ms", "p99 ms", "p99.9 ms", "cpu us/op", "÷ sync"
     );
-    for operation in [Operation::Write, Operation::Read] {
-        for clients in CLIENTS {
-            let of = |system: &str| {
-                results.cells.iter().find(|c| c.operation == operation && c.clients == clients && c.system == system)
-            };
-            let peers = [of(ETCD), of(ETCD_TLS)];
-            for cell in [of(TREFOIL), peers[0], peers[1]].into_iter().flatten() {
-                print_cell(cell, peers, results.disk.per_second);
-            }
-        }
+    for cell in &results.cells {
+        let peer = |system: &str| {
+            let same = |c: &&Cell| (c.operation, c.clients) == (cell.operation, cell.clients) && c.system == system;
+            results.cells.iter().find(same)
+        };
+        print_cell(cell, [peer(ETCD), peer(ETCD_TLS)], results.disk.per_second);
     }
     println!();
+    print_failover(results);
+    print_creation(results);
+    for memory in &results.memory {
+        println!("resident memory of a member, {}: {:.0} MiB", memory.system, memory.resident_mib);
+    }
+    for skipped in &results.skipped {
+        println!("skipped: {skipped}");
+    }
+}
+
+fn print_failover(results: &Results) {
+    if results.failover.is_empty() {
+        return;
+    }
     println!("leader killed (kill -9), until the next acknowledged write, ms:");
     for gaps in &results.failover {
         println!(
@@ -43,12 +50,17 @@ pub fn print(results: &Results) {
             gaps.quantile(1.0)
         );
     }
-    for memory in &results.memory {
-        println!("resident memory of a member, {}: {:.0} MiB", memory.system, memory.resident_mib);
+}
+
+fn print_creation(results: &Results) {
+    let Some(creation) = &results.creation else { return };
+    let millis = |micros: u64| micros as f64 / 1000.0;
+    println!("vm create accepted, until it runs, ms:");
+    for (system, times) in [("trefoil", &creation.trefoil), ("libvirt", &creation.libvirt)] {
+        let (p50, p90) = (millis(times.p50_micros), millis(times.p90_micros));
+        println!("  {system:<8} n {:<3} p50 {p50:>6.0}   p90 {p90:>6.0}", times.micros.len());
     }
-    for skipped in &results.skipped {
-        println!("skipped: {skipped}");
-    }
+    println!("  ratio of medians {:.2}", creation.ratio_of_medians);
 }
 
 fn print_cell(cell: &Cell, peers: [Option<&Cell>; 2], syncs: f64) {

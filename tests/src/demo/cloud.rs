@@ -86,6 +86,15 @@ impl Cloud {
         Ok(self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
     }
 
+    /// A shell among the processes and files of a host, to be written to and read from.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn shell(&self, host: &str) -> Result<Child> {
+        let mut command = self.command(&["lab", "exec", host, "bash"]);
+        Ok(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?)
+    }
+
     /// Three controllers and three hosts with libvirt.
     ///
     /// # Errors
