@@ -12,6 +12,7 @@ mod config;
 mod core;
 mod enrol;
 mod found;
+mod gather;
 mod hear;
 mod keep;
 mod lead;

@@ -58,6 +58,10 @@ impl Service {
         let make = |state: &State| command(state, &caller, body);
         let changed = self.core.change(&caller.actor(), id, make).await;
         match &changed {
+            // A tag is a tenant's own data, not a change of the cloud, and comes as often as its tenant likes.
+            Ok((index, Reply::Version(_))) => {
+                tracing::debug!(request = %id.id, user = caller.name, method, index, "changed")
+            }
             Ok((index, _)) => tracing::info!(request = %id.id, user = caller.name, method, index, "changed"),
             Err(error) => {
                 tracing::info!(request = %id.id, user = caller.name, method, code = error.code, %error, "refused")
