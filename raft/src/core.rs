@@ -16,7 +16,7 @@ use crate::{
     error::ReadError,
     machine::Machine,
     peer::{CallError, Peers},
-    propose::Forward,
+    propose::{append::Append, forward::Forward},
     replica::Timing,
     status::Leadership,
     wire::{Answer, Call},
@@ -32,6 +32,8 @@ pub struct Core {
     pub leadership: watch::Sender<Leadership>,
     /// Who waits for the next read-index round.
     pub reads: mpsc::Sender<oneshot::Sender<Result<u64, ReadError>>>,
+    /// What waits for its turn in this replica's own log.
+    pub appends: mpsc::Sender<Append>,
     /// What goes to the leader.
     pub forwards: mpsc::Sender<Forward>,
     pub in_flight: Semaphore,

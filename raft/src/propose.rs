@@ -1,33 +1,35 @@
 //! Proposing: bounded, forwarded to the leader, stamped by it, answered when it is applied.
 //!
 //! ```text
-//! propose ─ permit ─┬─ this replica leads ─────────────► stamp, encode once, append ─► Committed
+//! propose ─ permit ─┬─ this replica leads: queue ─► one append for all that queued ─► Committed
 //!                   └─ another leads: queue ─► one call for all that queued ─► there: the same
 //! ```
+//! Batches form by waiting for a turn, never for a clock: `append` has what happens on the leader, `forward` on the way
+//! there.
+//!
 //! An error says exactly what is known: `NoQuorum`, `NotLeader` and `Overloaded` mean that nothing was proposed.
 //! A request with an id is tried again here while its proposer waits, because the state machine knows it again.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::atomic::Ordering,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use futures::future::join_all;
-use model::{Actor, Applied, Command, ControllerId, Entry, Timestamp, command::Request};
+use model::{Actor, Applied, Command, Entry, Timestamp, command::Request};
 use openraft::errors::ClientWriteError;
 use serde::{Deserialize, Serialize};
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc, oneshot},
-    time::Instant,
-};
+use tokio::{sync::SemaphorePermit, time::Instant};
 
 use crate::{
-    core::{Core, SharedCore},
-    dialect::{EncodedEntry, LeaderId},
+    core::Core,
+    dialect::{EncodedEntry, LeaderId, Outcome, TypeConfig},
     error::ProposeError,
-    peer::CallError,
-    wire::{self, Answer, Call},
+    wire,
 };
+
+pub mod append;
+pub mod forward;
 
 /// How long a proposer waits before the outcome is called unknown: several elections.
 pub const PROPOSE_DEADLINE: Duration = Duration::from_secs(5);
@@ -36,15 +38,6 @@ pub const MAX_ENTRY_BYTES: usize = 1 << 20;
 /// Memory that proposals on their way may take, in units of [`UNIT_BYTES`]: 64 MiB, or 8,192 small ones.
 pub const IN_FLIGHT_UNITS: usize = 8192;
 const UNIT_BYTES: usize = 8 << 10;
-/// Proposals in one call to the leader.
-const FORWARD_BATCH: usize = 256;
-/// Bytes in one call to the leader, about: below what a message may have.
-const FORWARD_BYTES: usize = 4 << 20;
-/// Calls to the leader at a time: while these are on their way, what comes queues up and shares the next.
-const FORWARD_CALLS: usize = 4;
-/// Queued for forwarding; more than can be in flight would never be used.
-pub const FORWARD_QUEUE: usize = IN_FLIGHT_UNITS;
-
 /// What somebody wants in the log. The leader adds the time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proposal {
@@ -60,17 +53,8 @@ pub struct Committed {
     pub applied: Applied,
 }
 
-/// A proposal on its way to the leader.
-pub struct Forward {
-    leader: ControllerId,
-    proposal: Proposal,
-    bytes: usize,
-    deadline: Instant,
-    answer: oneshot::Sender<Attempt>,
-}
-
 /// What one attempt came to.
-enum Attempt {
+pub enum Attempt {
     Committed(Committed),
     /// Surely without effect; worth another attempt.
     NotProposed,
@@ -95,7 +79,7 @@ impl Core {
             let seen = self.leadership();
             let attempt = match seen.leader {
                 None => Attempt::NotProposed,
-                Some(leader) if leader.0 == self.id => self.write(proposal.clone(), None, deadline).await,
+                Some(leader) if leader.0 == self.id => self.append(proposal.clone(), deadline).await,
                 Some(leader) => self.forward(leader, proposal.clone(), bytes, deadline).await,
             };
             match attempt {
@@ -113,7 +97,7 @@ impl Core {
         }
     }
 
-    /// Only as the leader of `term`.
+    /// Only as the leader of `term`: alone, because it has a condition of its own, and planners are few.
     ///
     /// # Errors
     /// See [`ProposeError`].
@@ -121,12 +105,17 @@ impl Core {
         let proposal = Proposal { request: None, actor: Actor::System, command };
         let _permit = self.permit(checked_size(&proposal)?)?;
         let leader = LeaderId { term, node_id: self.id };
-        match self.write(proposal, Some(leader), Instant::now() + PROPOSE_DEADLINE).await {
-            Attempt::Committed(committed) => Ok(committed),
-            Attempt::NotProposed => Err(ProposeError::NotLeader),
-            Attempt::Unknown => Err(ProposeError::Unknown),
-            Attempt::Refused(error) => Err(error),
+        let (responder, answer) = openraft::impls::ProgressResponder::complete_only();
+        let write = self.raft.write(self.stamped(proposal)).responder(responder).with_leader(leader);
+        if write.await.is_err() {
+            return Err(ProposeError::Stopped);
         }
+        let attempt = match tokio::time::timeout(PROPOSE_DEADLINE, answer).await {
+            Ok(Ok(Ok(response))) => Attempt::from_log(response.log_id.index, response.data),
+            Ok(Ok(Err(error))) => Attempt::from_refusal(&error),
+            Ok(Err(_)) | Err(_) => Attempt::Unknown,
+        };
+        attempt.outcome()
     }
 
     /// Answers a follower's call: as the leader or not at all, so that a call never goes round in circles.
@@ -138,50 +127,15 @@ impl Core {
         let deadline = Instant::now() + wait.min(PROPOSE_DEADLINE);
         join_all(proposals.into_iter().map(|proposal| async move {
             let _permit = self.permit(checked_size(&proposal)?)?;
-            match self.write(proposal, None, deadline).await {
-                Attempt::Committed(committed) => Ok(committed),
-                Attempt::NotProposed => Err(ProposeError::NotLeader),
-                Attempt::Unknown => Err(ProposeError::Unknown),
-                Attempt::Refused(error) => Err(error),
-            }
+            self.append(proposal, deadline).await.outcome()
         }))
         .await
     }
 
-    /// Appends to this replica's own log, if it leads.
-    async fn write(&self, proposal: Proposal, leader: Option<LeaderId>, deadline: Instant) -> Attempt {
+    /// An entry as it will stand in the log, with the time of now.
+    pub fn stamped(&self, proposal: Proposal) -> EncodedEntry {
         let Proposal { request, actor, command } = proposal;
-        let entry = Entry { at: self.stamp(), request, actor, command };
-        let encoded = EncodedEntry(wire::to_bytes(&entry).into());
-        let (responder, outcome) = openraft::impls::ProgressResponder::complete_only();
-        let mut write = self.raft.write(encoded).responder(responder);
-        if let Some(leader) = leader {
-            write = write.with_leader(leader);
-        }
-        if write.await.is_err() {
-            return Attempt::Refused(ProposeError::Stopped);
-        }
-        match tokio::time::timeout_at(deadline, outcome).await {
-            Ok(Ok(Ok(response))) => match response.data.0 {
-                Some(applied) => Attempt::Committed(Committed { index: response.log_id.index, applied }),
-                None => Attempt::Unknown,
-            },
-            // openraft's promise: this one is given only before the entry was appended.
-            Ok(Ok(Err(ClientWriteError::ForwardToLeader(_)))) => Attempt::NotProposed,
-            Ok(Ok(Err(_)) | Err(_)) | Err(_) => Attempt::Unknown,
-        }
-    }
-
-    async fn forward(&self, leader: ControllerId, proposal: Proposal, bytes: usize, deadline: Instant) -> Attempt {
-        let (answer, outcome) = oneshot::channel();
-        let forward = Forward { leader, proposal, bytes, deadline, answer };
-        if self.forwards.send(forward).await.is_err() {
-            return Attempt::Refused(ProposeError::Stopped);
-        }
-        match tokio::time::timeout_at(deadline, outcome).await {
-            Ok(Ok(attempt)) => attempt,
-            Ok(Err(_)) | Err(_) => Attempt::Unknown,
-        }
+        EncodedEntry(wire::to_bytes(&Entry { at: self.stamp(), request, actor, command }).into())
     }
 
     /// Never goes back while this controller runs; `apply` keeps it from going back across leaders.
@@ -197,65 +151,35 @@ impl Core {
     }
 }
 
-/// Takes what queued up for the leader and sends it in as few calls as keep it busy. Runs as long as the replica.
-pub async fn forward_loop(core: SharedCore, mut queue: mpsc::Receiver<Forward>) {
-    let calls = Arc::new(Semaphore::new(FORWARD_CALLS));
-    let mut held: Option<Forward> = None;
-    loop {
-        let first = match held.take() {
-            Some(first) => first,
-            None => match queue.recv().await {
-                Some(first) => first,
-                None => return,
-            },
-        };
-        let Ok(call) = calls.clone().acquire_owned().await else { return };
-        let mut bytes = first.bytes;
-        let mut batch = vec![first];
-        while batch.len() < FORWARD_BATCH && bytes < FORWARD_BYTES {
-            match queue.try_recv() {
-                Ok(next) if next.leader == batch[0].leader => {
-                    bytes += next.bytes;
-                    batch.push(next);
-                }
-                Ok(other) => {
-                    held = Some(other);
-                    break;
-                }
-                Err(_) => break,
-            }
-        }
-        tokio::spawn(send_batch(core.clone(), batch, call));
-    }
-}
-
-async fn send_batch(core: SharedCore, batch: Vec<Forward>, _call: OwnedSemaphorePermit) {
-    let leader = batch[0].leader;
-    let until = batch.iter().map(|forward| forward.deadline).max().unwrap_or_else(Instant::now);
-    let wait = until.saturating_duration_since(Instant::now());
-    let (proposals, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|f| (f.proposal, f.answer)).unzip();
-    let millis = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-    let outcome = core.call_leader(leader, &Call::Propose { proposals, millis }, wait).await;
-    let attempts: Vec<Attempt> = match outcome {
-        Ok(Answer::Propose(results)) if results.len() == answers.len() => {
-            results.into_iter().map(Attempt::from_leader).collect()
-        }
-        Err(CallError::NotSent(_)) => answers.iter().map(|_| Attempt::NotProposed).collect(),
-        Ok(_) | Err(CallError::Unclear(_)) => answers.iter().map(|_| Attempt::Unknown).collect(),
-    };
-    for (answer, attempt) in answers.into_iter().zip(attempts) {
-        // Whoever does not wait any more has already called it unknown.
-        drop(answer.send(attempt));
-    }
-}
-
 impl Attempt {
-    fn from_leader(result: Result<Committed, ProposeError>) -> Self {
+    pub fn from_log(index: u64, outcome: Outcome) -> Self {
+        match outcome.0 {
+            Some(applied) => Self::Committed(Committed { index, applied }),
+            None => Self::Unknown,
+        }
+    }
+
+    /// openraft's promise: that one forwards to the leader is said only before the entry was appended.
+    pub fn from_refusal(error: &ClientWriteError<TypeConfig>) -> Self {
+        if matches!(error, ClientWriteError::ForwardToLeader(_)) { Self::NotProposed } else { Self::Unknown }
+    }
+
+    pub fn from_leader(result: Result<Committed, ProposeError>) -> Self {
         match result {
             Ok(committed) => Self::Committed(committed),
             Err(ProposeError::NotLeader | ProposeError::NoQuorum | ProposeError::Stopped) => Self::NotProposed,
             Err(ProposeError::Unknown) => Self::Unknown,
             Err(error @ (ProposeError::Overloaded | ProposeError::TooLarge { .. })) => Self::Refused(error),
+        }
+    }
+
+    /// For a caller that does not try again.
+    fn outcome(self) -> Result<Committed, ProposeError> {
+        match self {
+            Self::Committed(committed) => Ok(committed),
+            Self::NotProposed => Err(ProposeError::NotLeader),
+            Self::Unknown => Err(ProposeError::Unknown),
+            Self::Refused(error) => Err(error),
         }
     }
 }

@@ -30,7 +30,11 @@ use crate::{
     machine::Machine,
     membership::Change,
     peer::Peers,
-    propose::{self, Committed, FORWARD_QUEUE, IN_FLIGHT_UNITS, Proposal},
+    propose::{
+        Committed, IN_FLIGHT_UNITS, Proposal,
+        append::{self, APPEND_QUEUE},
+        forward::{self, FORWARD_QUEUE},
+    },
     serve::{self, PeerService},
     status::{Leadership, QuorumStatus},
     watcher,
@@ -140,7 +144,8 @@ impl Replica {
         let raft = Raft::new(id, Arc::new(settings), peers.clone(), log, machine.clone()).await;
         let raft = raft.map_err(|e| OpenError::Start(e.to_string()))?;
         let (reads, readers) = mpsc::channel(READ_QUEUE);
-        let (forwards, queue) = mpsc::channel(FORWARD_QUEUE);
+        let (appends, to_append) = mpsc::channel(APPEND_QUEUE);
+        let (forwards, to_forward) = mpsc::channel(FORWARD_QUEUE);
         let core = Arc::new(Core {
             id,
             timing: config.timing,
@@ -150,6 +155,7 @@ impl Replica {
             on_failure,
             leadership: watch::Sender::default(),
             reads,
+            appends,
             forwards,
             in_flight: Semaphore::new(IN_FLIGHT_UNITS),
             stamped: AtomicU64::new(0),
@@ -158,7 +164,8 @@ impl Replica {
         });
         let tasks = vec![
             tokio::spawn(linear::round_loop(core.clone(), readers)),
-            tokio::spawn(propose::forward_loop(core.clone(), queue)),
+            tokio::spawn(append::append_loop(core.clone(), to_append)),
+            tokio::spawn(forward::forward_loop(core.clone(), to_forward)),
             tokio::spawn(watcher::leadership_loop(core.clone())),
             tokio::spawn(watcher::failure_loop(core.clone())),
             tokio::spawn(watcher::compare_loop(core.clone())),
