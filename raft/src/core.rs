@@ -39,6 +39,8 @@ pub struct Core {
     pub in_flight: Semaphore,
     /// The last time that was stamped into an entry.
     pub stamped: AtomicU64,
+    /// From whom a stream of entries has broken.
+    pub broken: mpsc::Sender<ControllerId>,
     /// When this replica last heard from a leader that it follows.
     pub contact: Mutex<Option<Instant>>,
     pub stopping: watch::Sender<bool>,

@@ -28,6 +28,7 @@ mod propose;
 mod replica;
 mod serve;
 mod status;
+mod succession;
 mod watcher;
 mod wire;
 

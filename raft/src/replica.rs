@@ -37,6 +37,7 @@ use crate::{
     },
     serve::{self, PeerService},
     status::{Leadership, QuorumStatus},
+    succession::{self, BROKEN_STREAMS},
     watcher,
 };
 
@@ -146,6 +147,7 @@ impl Replica {
         let (reads, readers) = mpsc::channel(READ_QUEUE);
         let (appends, to_append) = mpsc::channel(APPEND_QUEUE);
         let (forwards, to_forward) = mpsc::channel(FORWARD_QUEUE);
+        let (broken, to_look_at) = mpsc::channel(BROKEN_STREAMS);
         let core = Arc::new(Core {
             id,
             timing: config.timing,
@@ -159,6 +161,7 @@ impl Replica {
             forwards,
             in_flight: Semaphore::new(IN_FLIGHT_UNITS),
             stamped: AtomicU64::new(0),
+            broken,
             contact: Mutex::new(None),
             stopping: watch::Sender::new(false),
         });
@@ -166,6 +169,7 @@ impl Replica {
             tokio::spawn(linear::round_loop(core.clone(), readers)),
             tokio::spawn(append::append_loop(core.clone(), to_append)),
             tokio::spawn(forward::forward_loop(core.clone(), to_forward)),
+            tokio::spawn(succession::succession_loop(core.clone(), to_look_at)),
             tokio::spawn(watcher::leadership_loop(core.clone())),
             tokio::spawn(watcher::failure_loop(core.clone())),
             tokio::spawn(watcher::compare_loop(core.clone())),

@@ -18,6 +18,7 @@ use crate::{
         Frame,
         peer_server::{Peer, PeerServer},
     },
+    succession::Watched,
     wire::{self, Answer, Call, MAX_FRAME_BYTES, SnapshotHead},
 };
 
@@ -46,7 +47,8 @@ impl Peer for Serve {
             let request = wire::decode_frame::<AppendEntriesRequest<TypeConfig>>(&frame.ok()?).ok()?;
             (request.vote.leader_id().node_id == peer.0).then_some(request)
         };
-        let requests = request.into_inner().map(decode).take_while(|request| future::ready(request.is_some()));
+        let frames = Watched::new(request.into_inner(), peer, &self.core);
+        let requests = frames.map(decode).take_while(|request| future::ready(request.is_some()));
         let requests = requests.filter_map(future::ready).take_until(self.until_stopped());
         let core = self.core.clone();
         let answers = self.core.raft.stream_append(requests).map(move |result| match result {

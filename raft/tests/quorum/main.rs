@@ -5,7 +5,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use model::ControllerId;
-use raft::{MembershipError, OpenError, ProposeError, ReadError, Replica};
+use raft::{MembershipError, OpenError, ProposeError, ReadError, Replica, Timing};
 use support::{Quorum, SNAPSHOT_EVERY, eventually, tenant};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -44,6 +44,22 @@ async fn writes_go_on_after_the_leader_was_killed_and_it_catches_up() {
     quorum.start(old).await;
     quorum.equal().await;
     assert_eq!(quorum.tenants(old), 41);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_process_ended_is_succeeded_before_its_lease_is_over() {
+    // By the timers alone an election would begin after the longest patience of these tests.
+    let election_min_millis = u64::try_from(2 * support::SOON.as_millis()).unwrap();
+    let timing = Timing { heartbeat_millis: 150, election_min_millis, election_max_millis: 2 * election_min_millis };
+    let mut quorum = Quorum::of_three_with(timing).await;
+    let old = quorum.leader().await;
+    quorum.create_tenants(old, 0..20).await;
+    quorum.kill(old).await;
+    let new = quorum.leader().await;
+    quorum.create_tenants(new, 20..40).await;
+    quorum.start(old).await;
+    quorum.equal().await;
+    assert_eq!(quorum.tenants(old), 40);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -27,6 +27,7 @@ pub struct Quorum {
     directory: tempfile::TempDir,
     members: BTreeMap<u64, Member>,
     addresses: BTreeMap<u64, SocketAddr>,
+    timing: Timing,
 }
 
 pub struct Member {
@@ -37,12 +38,17 @@ pub struct Member {
 impl Quorum {
     /// One founder with the id 1, which leads.
     pub async fn found() -> Self {
+        Self::found_with(Timing::NOISY).await
+    }
+
+    async fn found_with(timing: Timing) -> Self {
         // With `RUST_LOG=info` a failing test tells its story.
         let filter = tracing_subscriber::EnvFilter::from_default_env();
         drop(tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init());
         let authority = CertificateAuthority::create("test").unwrap();
         let directory = tempfile::tempdir().unwrap();
-        let mut quorum = Self { authority, directory, members: BTreeMap::new(), addresses: BTreeMap::new() };
+        let (members, addresses) = (BTreeMap::new(), BTreeMap::new());
+        let mut quorum = Self { authority, directory, members, addresses, timing };
         quorum.start(1).await;
         let address = quorum.address(1);
         quorum.on(1, move |replica| async move { replica.initialize(&address).await }).await.unwrap();
@@ -51,7 +57,12 @@ impl Quorum {
 
     /// Members 1, 2 and 3, all voters.
     pub async fn of_three() -> Self {
-        let mut quorum = Self::found().await;
+        Self::of_three_with(Timing::NOISY).await
+    }
+
+    /// The same with other timers.
+    pub async fn of_three_with(timing: Timing) -> Self {
+        let mut quorum = Self::found_with(timing).await;
         for id in [2, 3] {
             quorum.join(id).await;
         }
@@ -108,7 +119,7 @@ impl Quorum {
             id: ControllerId(id),
             data: self.data(id),
             tls: identity.clone().into(),
-            timing: Timing::NOISY,
+            timing: self.timing,
             snapshot_every: SNAPSHOT_EVERY,
         }
     }
