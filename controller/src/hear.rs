@@ -6,11 +6,7 @@ use std::{
 };
 
 use api::beat::{self, Ack, Beat, BeatKey, Kind, ReplayGuard, StatusPart, Verdict};
-use model::{
-    NodeId, NodeState, VmId,
-    lease::{self, Grant},
-    telemetry::VmStatus,
-};
+use model::{NodeId, VmId, lease::Grant, telemetry::VmStatus};
 use tokio::net::UdpSocket;
 
 use crate::core::Core;
@@ -88,30 +84,16 @@ impl Ears {
     /// Takes note of it; as the leader, says how long the host may go on.
     fn believe(&mut self, beat: &Beat, leader: bool) -> Option<Grant> {
         let vms = beat.status.as_ref().and_then(|part| self.collect(beat.node, part));
-        // Looked up before the lock on what was heard is taken: a host is condemned under that lock first.
-        let standing = leader
-            && self.core.replica.read(|state| {
-                let node = state.nodes().get(&beat.node);
-                node.is_some_and(|node| {
-                    node.incarnation == beat.incarnation && matches!(node.state, NodeState::Up | NodeState::Silent)
-                })
-            });
-        // A host that no answer reaches is as good as silent: it has no lease, and nothing can be asked of it.
-        let hears = beat.unanswered_millis.saturating_mul(1_000_000) < lease::LEASE_NANOS;
+        let standing = self.core.replica.read(|state| state.has_standing(beat.node, beat.incarnation));
         self.core.hear(|ears| {
-            let clock = ears.clock;
             let heard = ears.nodes.entry(beat.node).or_default();
-            if hears {
-                heard.at = clock;
-            }
-            heard.incarnation = beat.incarnation;
             if let Some(part) = &beat.status {
                 heard.status = part.node.clone();
             }
             if let Some(vms) = vms {
                 heard.vms = vms;
             }
-            if hears { ears.grant(beat.node, beat.incarnation, standing) } else { None }
+            ears.believe(beat.node, beat.incarnation, beat.unanswered_millis, leader && standing)
         })
     }
 

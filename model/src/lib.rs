@@ -19,6 +19,7 @@ pub mod id;
 pub mod invariant;
 pub mod lease;
 pub mod noun;
+pub mod permit;
 pub mod plan;
 pub mod setting;
 pub mod state;

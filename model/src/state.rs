@@ -185,6 +185,13 @@ impl State {
     pub fn vms_on_node(&self, node: NodeId) -> impl Iterator<Item = &Vm> {
         self.index.vms_by_node.get(&node).into_iter().flatten().filter_map(|id| self.vms.get(id))
     }
+    /// Whether a host may be granted a lease: it is a member at this incarnation, and not lost.
+    pub fn has_standing(&self, node: NodeId, incarnation: u64) -> bool {
+        let stands = |node: &Node| {
+            node.incarnation == incarnation && matches!(node.state, crate::NodeState::Up | crate::NodeState::Silent)
+        };
+        self.nodes.get(&node).is_some_and(stands)
+    }
     pub fn vm_count_on_node(&self, node: NodeId) -> usize {
         self.index.vms_by_node.get(&node).map_or(0, BTreeSet::len)
     }

@@ -46,9 +46,22 @@ impl Telemetry {
         }
     }
 
-    /// A beat of `node` was believed and is being answered by this leader. `standing`: by the state as this leader
-    /// last confirmed it, the host is a member at this incarnation that is not lost.
-    pub fn grant(&mut self, node: NodeId, incarnation: u64, standing: bool) -> Option<Grant> {
+    /// A beat of `node` was believed and is being answered. As the leader, says how long the host may go on.
+    /// `standing`: what [`crate::State::has_standing`] says of the sender, looked up before what was heard is locked,
+    /// because a host is condemned under that lock first. `unanswered_millis`: for how long it has heard no answer.
+    pub fn believe(&mut self, node: NodeId, incarnation: u64, unanswered_millis: u64, standing: bool) -> Option<Grant> {
+        let clock = self.clock;
+        let heard = self.nodes.entry(node).or_default();
+        heard.incarnation = incarnation;
+        // A host that no answer reaches is as good as silent: it has no lease, and nothing can be asked of it.
+        if unanswered_millis.saturating_mul(1_000_000) >= lease::LEASE_NANOS {
+            return None;
+        }
+        heard.at = clock;
+        self.grant(node, incarnation, standing)
+    }
+
+    fn grant(&mut self, node: NodeId, incarnation: u64, standing: bool) -> Option<Grant> {
         let (clock, confirmed) = (self.clock, self.confirmed?);
         let heard = self.nodes.entry(node).or_default();
         if !standing || heard.condemned == Some(incarnation) {
