@@ -88,10 +88,10 @@ impl Core {
     /// Gives up the lease of `leader`, and stands for election when it is this voter's turn.
     async fn succeed(&self, leader: ControllerId) {
         tracing::warn!(%leader, "the leader's process has ended: an election begins before its lease is over");
-        let vote = self.raft.server_metrics().borrow_watched().vote.clone();
+        let vote = self.raft.server_metrics().borrow_watched().vote;
         // Named as the successor is nobody here, so that openraft drops the lease and does nothing else. An error of
         // these calls means that consensus is stopping, which its own watcher reports.
-        let give_up = TransferLeaderRequest::new(vote.clone(), leader.0, None);
+        let give_up = TransferLeaderRequest::new(vote, leader.0, None);
         let _ = self.raft.handle_transfer_leader(give_up).await;
         let mut survivors = self.voters().into_iter().filter(|id| *id != leader.0);
         let Some(turn) = survivors.position(|id| id == self.id) else { return };
