@@ -11,6 +11,7 @@ use self::{cloud::Cloud, teller::Teller};
 pub mod cloud;
 mod guest;
 mod quorum;
+mod recovery;
 mod story;
 mod teller;
 

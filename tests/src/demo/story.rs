@@ -13,13 +13,13 @@ use serde_json::Value;
 use super::{
     cloud::{Cloud, finish, until},
     guest::{BOOT, Guest, Tenant},
-    quorum,
+    quorum, recovery,
     teller::Teller,
 };
 
 /// Both tenants use it.
 const RANGE: &str = "10.0.0.0/24";
-const CHANGE: Duration = Duration::from_secs(120);
+pub(super) const CHANGE: Duration = Duration::from_secs(120);
 
 /// # Errors
 /// Of the first step that could not be verified.
@@ -59,6 +59,9 @@ pub fn all(cloud: &Cloud, teller: &mut Teller) -> Result<()> {
     teller.step("resume: it goes on where it was", || resume(cloud, &guests[0]))?;
     teller.step("reboot: the same disk boots again", || reboot(cloud, &guests[1]))?;
     teller.step("delete: nothing of it is left", || delete(cloud, &guests[2]))?;
+    teller.step("a host loses power: its machine goes on elsewhere, from its backup", || {
+        recovery::power_cut(cloud, &guests[1])
+    })?;
     teller.step("the bill", || bill(cloud, acme.name))
 }
 
@@ -85,7 +88,7 @@ fn whole_cloud(cloud: &Cloud) -> Result<String> {
 }
 
 /// The rows of a list, whether it comes bare or with its page.
-fn rows(reply: Value, name: &str) -> Result<Vec<Value>> {
+pub(super) fn rows(reply: Value, name: &str) -> Result<Vec<Value>> {
     let rows = if reply.is_array() { reply } else { reply[name].clone() };
     rows.as_array().cloned().with_context(|| format!("no list of {name}"))
 }
@@ -201,7 +204,7 @@ fn killed_leader(cloud: &Cloud, tenant: &Tenant) -> Result<String> {
 }
 
 /// Domains that libvirt has, by host.
-fn domains(cloud: &Cloud) -> Result<BTreeMap<&'static str, usize>> {
+pub(super) fn domains(cloud: &Cloud) -> Result<BTreeMap<&'static str, usize>> {
     ["h1", "h2", "h3"]
         .into_iter()
         .map(|host| {
