@@ -17,7 +17,7 @@ CARGO_FLAGS := --release --locked --workspace
 help:
 	@echo 'make demo     a whole cloud on this machine, told step by step, verified and removed again (root)'
 	@echo 'make test     every check and test; ends with a line of counts'
-	@echo 'make bench    throughput, latency and failover beside etcd on the same disk; a table and a JSON file'
+	@echo 'make bench    writes, reads and failover beside etcd, machines beside plain libvirt; a table and a JSON file'
 	@echo 'make jepsen   clients against real controllers under kills, pauses and partitions; a verdict'
 	@echo '              (TIME=seconds SEED=number NEMESIS=kill,pause,partition)'
 	@echo 'make build    the binaries, in $(CARGO_TARGET_DIR)/release'
