@@ -27,7 +27,9 @@ const LOOK_MILLIS: u64 = 1_000;
 /// While it does not: a guest that is started all the same runs for no longer than this.
 const LAPSED_LOOK_MILLIS: u64 = 200;
 /// The guard's sign is renewed so often.
-const SIGN_MILLIS: u64 = 200;
+const SIGN_MILLIS: i32 = 200;
+/// A process with many threads takes a few milliseconds to stand still.
+const UNSETTLED_MILLIS: i32 = 20;
 
 pub struct LookOut {
     shared: Arc<Shared>,
@@ -80,11 +82,12 @@ impl LookOut {
                 self.look();
             }
             self.list_stopped();
-            if !self.permit.guards_any() || self.stands_still() {
+            let settled = !self.permit.guards_any() || self.stands_still();
+            if settled {
                 self.shared.settled_at.store(now, Ordering::Release);
             }
             self.page().write_sign(process::id(), clock::boottime_nanos(), self.build);
-            self.wake.heard_within(SIGN_MILLIS as i32);
+            self.wake.heard_within(if settled { SIGN_MILLIS } else { UNSETTLED_MILLIS });
         }
     }
 
