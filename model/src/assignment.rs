@@ -9,8 +9,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, Recovery, ReplicaState, RequestId, State,
-    Vm, VmId, Wanted,
+    Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, NodeState, Recovery, ReplicaState,
+    RequestId, State, Vm, VmId, Wanted,
 };
 
 /// Everything that a host should have. The agent refuses one whose generation is lower than one it has seen.
@@ -227,6 +227,8 @@ impl State {
             let network = self.networks().get(&id)?;
             let hosts = self.index.network_nodes.get(&id).into_iter().flatten().map(|(host, _)| *host);
             let peers = hosts.filter(|host| *host != node.id).filter_map(|host| self.nodes().get(&host));
+            // What a lost host sends is from machines that may be elsewhere by now.
+            let peers = peers.filter(|peer| peer.state != NodeState::Lost);
             Some(NetworkWish {
                 network: id,
                 vni: network.vni,

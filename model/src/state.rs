@@ -405,6 +405,15 @@ impl State {
         }
     }
 
+    /// The hosts that this one's machines share a network with.
+    pub(crate) fn renumber_neighbours(&mut self, node: NodeId) {
+        let networks: BTreeSet<NetworkId> =
+            self.vms_on_node(node).flat_map(|vm| &vm.nics).map(|nic| nic.network).collect();
+        let members = self.members(&networks.into_iter().collect::<Vec<_>>());
+        let neighbours: BTreeSet<NodeId> = members.into_iter().flatten().filter(|member| *member != node).collect();
+        neighbours.into_iter().for_each(|neighbour| self.renumber_node(neighbour));
+    }
+
     pub(crate) fn renumber_node(&mut self, node: NodeId) {
         self.nodes.update(&node, |row| row.generation += 1);
     }

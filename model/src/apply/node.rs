@@ -63,7 +63,7 @@ impl State {
         let before = self.nodes.get(&id).ok_or_else(|| check::missing(Noun::Node, id))?;
         let known = before.state != NodeState::Joined;
         let moved = known && (before.address != host.address || before.underlay != host.underlay);
-        let incarnation = before.incarnation + 1;
+        let (incarnation, was_lost) = (before.incarnation + 1, before.state == NodeState::Lost);
         self.put_node(Node {
             address: host.address.into(),
             underlay: host.underlay,
@@ -76,6 +76,9 @@ impl State {
             generation: before.generation + 1,
             ..before.clone()
         });
+        if was_lost {
+            self.renumber_neighbours(id);
+        }
         if moved {
             // Other hosts name this one as the end of a tunnel or as a source of images.
             let others: Vec<NodeId> = self.nodes.iter().map(|(other, _)| *other).filter(|other| *other != id).collect();

@@ -10,6 +10,7 @@ impl State {
             return Err(Rejection::Stale(format!("{id} is at incarnation {}, not {incarnation}", node.incarnation)));
         }
         self.put_node(Node { state: NodeState::Lost, changed_at: m.now, ..node.clone() });
+        self.renumber_neighbours(id);
         self.brake(m);
         Ok(Reply::Done)
     }
