@@ -150,6 +150,18 @@ impl Host {
         wait("the guest's process is gone", || self.guest_process(vm).is_none());
     }
 
+    /// The ends of what libvirtd and QEMU had to say, for whoever must find out why a test failed.
+    fn tell_logs(&self) {
+        let log = self.dir.path().join("log");
+        let guests = fs::read_dir(log.join("qemu")).into_iter().flatten().flatten().map(|entry| entry.path());
+        for file in guests.chain([log.join("libvirtd.log")]) {
+            let text = fs::read_to_string(&file).unwrap_or_default();
+            let from = text.lines().count().saturating_sub(20);
+            println!("{}:", file.display());
+            text.lines().skip(from).for_each(|line| println!("  {line}"));
+        }
+    }
+
     /// Everything in the host ends at once, as without power.
     pub fn power_failure(&mut self) {
         let _ = Command::new("kill").args(["-9", &self.init.to_string()]).status();
@@ -165,6 +177,9 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        if thread::panicking() {
+            self.tell_logs();
+        }
         self.power_failure();
     }
 }
