@@ -161,6 +161,10 @@ impl Session {
         if !tell(&down, &welcome).await {
             return "the agent hung up".into();
         }
+        // From here on every change is heard; one that came before would be missed.
+        if !leadership.borrow_and_update().leading {
+            return "this controller no longer leads".into();
+        }
         let mut sent = None;
         loop {
             applied.borrow_and_update();
