@@ -12,11 +12,13 @@ export ROCKSDB_STATIC := 1
 endif
 CARGO_FLAGS := --release --locked --workspace
 
-.PHONY: help deps build demo test bench jepsen fmt
+.PHONY: help deps build demo test simulate sabotage bench jepsen fmt
 
 help:
 	@echo 'make demo     a whole cloud on this machine, told step by step, verified and removed again (root)'
 	@echo 'make test     every check and test; ends with a line of counts'
+	@echo 'make simulate  a cloud from each of SEEDS seeds, under faults, beginning with FROM; or the story of one SEED'
+	@echo 'make sabotage  breaks the product in one place after another: does a test notice? (ONLY=part of a name)'
 	@echo 'make bench    writes, reads and failover beside etcd, machines beside plain libvirt; a table and a JSON file'
 	@echo 'make jepsen   clients against real controllers under kills, pauses and partitions; a verdict'
 	@echo '              (TIME=seconds SEED=number NEMESIS=kill,pause,partition)'
@@ -41,6 +43,14 @@ demo:
 test:
 	@scripts/deps build
 	@scripts/test; status=$$?; scripts/keep-rocksdb; exit $$status
+
+simulate:
+	cargo build --release --locked -p simulation --bin simulate
+	@$(CARGO_TARGET_DIR)/release/simulate $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FROM),--from $(FROM)) $(if $(SEED),--seed $(SEED))
+
+sabotage:
+	cargo build --release --locked -p tests --bin sabotage
+	@$(CARGO_TARGET_DIR)/release/sabotage --release $(if $(ONLY),--only '$(ONLY)')
 
 bench: build
 	@$(CARGO_TARGET_DIR)/release/bench --json $(CARGO_TARGET_DIR)/bench.json

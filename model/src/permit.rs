@@ -13,9 +13,12 @@
 //!
 //! Deliberately not here: clocks, and what happens to a guest that may not run.
 
-use std::collections::BTreeMap;
+use crate::{Assignment, Recovery, VmId, VmWish};
 
-use crate::{Assignment, Recovery, VmId, VmWish, steps::FoundGuest};
+/// Placements that are remembered as denied, the newest of them. Also when no guest of one is here: the hypervisor may
+/// be long about a start, and end it after the machine was given away. More than a host can be about at once, several
+/// times over, and no more than fits beside its machines where the guard reads them.
+const MOST_DENIED: usize = 512;
 
 /// What is in force on a host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -151,25 +154,18 @@ impl Keeper {
         self.settle()
     }
 
-    /// The guests that are here: what is denied and gone is forgotten.
-    pub fn found(&mut self, guests: &BTreeMap<VmId, FoundGuest>) -> bool {
-        let before = self.force.machines.len();
-        let is_here = |machine: &Machine| guests.get(&machine.vm).is_some_and(|guest| guest.epoch == machine.epoch);
-        self.force.machines.retain(|machine| machine.standing != Standing::Denied || is_here(machine));
-        self.force.machines.len() != before
-    }
-
     fn settle(&mut self) -> bool {
         let (Some(lease), Some(wished)) = (&self.lease, &self.wished) else { return false };
         if lease.incarnation != wished.incarnation {
             return false;
         }
         let mut machines = wished.machines.clone();
-        for old in self.force.machines.iter().filter(|old| old.standing != Standing::Free) {
-            if !machines.iter().any(|new| (new.vm, new.epoch) == (old.vm, old.epoch)) {
-                machines.push(Machine { standing: Standing::Denied, ..*old });
-            }
-        }
+        let is_named = |old: &&Machine| wished.machines.iter().any(|new| (new.vm, new.epoch) == (old.vm, old.epoch));
+        let gone = self.force.machines.iter().filter(|old| old.standing != Standing::Free && !is_named(old));
+        let mut denied: Vec<Machine> = gone.map(|old| Machine { standing: Standing::Denied, ..*old }).collect();
+        denied.sort_by_key(|machine| std::cmp::Reverse(machine.epoch));
+        denied.truncate(MOST_DENIED);
+        machines.append(&mut denied);
         let force = Permit { incarnation: lease.incarnation, until: lease.until, machines };
         let changed = force != self.force;
         self.force = force;
@@ -184,7 +180,6 @@ pub fn is_exclusive(wish: &VmWish) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::steps::FoundPower;
 
     fn machine(vm: u64, epoch: u64, standing: Standing) -> Machine {
         Machine { vm: VmId(vm), epoch, standing }
@@ -241,18 +236,24 @@ mod tests {
     }
 
     #[test]
-    fn what_is_denied_stays_so_until_it_is_gone() {
+    fn what_was_given_away_is_denied_also_when_its_guest_turns_up_late() {
         let mut k = Keeper::default();
         wished(&mut k, 1, &[machine(1, 10, Standing::Leased), machine(2, 11, Standing::Leased)]);
         k.granted(1, 100);
         wished(&mut k, 1, &[machine(2, 11, Standing::Free)]);
         assert_eq!(verdict(&k, 1, 10, 50), Verdict::Stop, "it is no longer wished here");
         assert_eq!(verdict(&k, 2, 11, 500), Verdict::Run, "its owner no longer wants it exclusive");
-        let here: BTreeMap<_, _> = [(VmId(1), FoundGuest { epoch: 10, power: FoundPower::Running })].into();
-        assert!(!k.found(&here));
-        assert_eq!(verdict(&k, 1, 10, 50), Verdict::Stop);
-        assert!(k.found(&BTreeMap::new()));
-        assert_eq!(k.force.machines, [machine(2, 11, Standing::Free)]);
+        // Its start is under way all the time. The host is lost and comes back, and has other things to do.
+        k.granted(2, 300);
+        wished(&mut k, 2, &[machine(7, 70, Standing::Leased)]);
+        wished(&mut k, 2, &[]);
+        assert_eq!(verdict(&k, 1, 10, 200), Verdict::Stop);
+        assert!(k.force.guards_any(), "so the guard looks for it");
+        for epoch in 1000..1000 + 2 * MOST_DENIED as u64 {
+            wished(&mut k, 2, &[machine(9, epoch, Standing::Leased)]);
+        }
+        assert_eq!(k.force.machines.len(), 1 + MOST_DENIED, "the newest are remembered");
+        assert_eq!(verdict(&k, 9, 1010 + MOST_DENIED as u64, 200), Verdict::Stop);
     }
 
     #[test]

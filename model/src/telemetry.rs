@@ -132,3 +132,63 @@ pub struct Progress {
     /// 0 to 100, of the whole creation.
     pub percent: u8,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NODE: NodeId = NodeId(1);
+    const LONG: u64 = 100 * lease::LEASE_NANOS;
+
+    /// A leader since `LONG` that was confirmed then.
+    fn leader() -> Telemetry {
+        let mut ears = Telemetry { clock: LONG, ..Telemetry::default() };
+        ears.lead();
+        ears.confirmed = Some(LONG);
+        ears
+    }
+
+    #[test]
+    fn only_a_confirmed_leader_grants_and_only_to_who_stands_and_hears() {
+        let mut ears = leader();
+        assert_eq!(ears.believe(NODE, 1, 0, true), Some(Grant { age_nanos: 0 }));
+        assert_eq!(ears.believe(NODE, 1, 0, false), None, "it does not stand");
+        assert_eq!(ears.believe(NODE, 1, lease::LEASE_NANOS / 1_000_000, true), None, "it hears no answers");
+        assert_eq!(ears.nodes[&NODE].answered, Some(LONG));
+        ears.clock += lease::LEASE_NANOS;
+        assert_eq!(ears.believe(NODE, 1, 0, true), None, "the confirmation is too old");
+        assert_eq!((ears.nodes[&NODE].at, ears.nodes[&NODE].answered), (ears.clock, Some(LONG)));
+        ears.confirmed = None;
+        assert_eq!(ears.believe(NODE, 1, 0, true), None, "it does not lead");
+    }
+
+    #[test]
+    fn who_is_condemned_is_granted_nothing_until_it_is_spared_or_comes_back() {
+        let mut ears = leader();
+        ears.believe(NODE, 1, 0, true);
+        assert!(!ears.condemn(NODE, 1), "it has a lease");
+        ears.clock = lease::may_be_given_away_at(Some(LONG), LONG);
+        ears.confirmed = Some(ears.clock);
+        assert!(ears.condemn(NODE, 1));
+        assert_eq!(ears.believe(NODE, 1, 0, true), None);
+        assert!(ears.believe(NODE, 2, 0, true).is_some(), "it attached again");
+        ears.spare(NODE);
+        assert!(ears.believe(NODE, 1, 0, true).is_some());
+    }
+
+    #[test]
+    fn a_new_term_forgets_what_the_last_one_granted() {
+        let mut ears = leader();
+        ears.believe(NODE, 1, 0, true);
+        ears.clock = lease::may_be_given_away_at(Some(LONG), LONG);
+        assert!(ears.condemn(NODE, 1));
+        ears.confirmed = Some(ears.clock);
+        ears.lead();
+        assert_eq!(ears.believe(NODE, 1, 0, true), None, "nobody has confirmed it in this term");
+        assert!(!ears.may_give_away(NODE), "what another leader granted since may still last");
+        ears.clock = lease::may_be_given_away_at(None, ears.leader_since);
+        assert!(ears.may_give_away(NODE));
+        ears.greet(NODE);
+        assert!(!ears.may_give_away(NODE), "it has just said hello");
+    }
+}

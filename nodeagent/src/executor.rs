@@ -211,7 +211,6 @@ impl Executor {
             pinned_images: look.pinned_images,
             ..Observed::default()
         };
-        self.host.leases.found(&found.guests);
         self.tidy(&found);
         self.lend(&mut found);
         self.host.view.set_machines(Some(observe::machines(assignment.as_deref(), &found)));

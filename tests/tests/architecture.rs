@@ -19,7 +19,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("controller", &["model", "api", "raft", "storage"]),
     ("cli", &["api", "controller", "nodeagent"]),
     ("jepsen", &["api"]),
-    ("tests", &["model", "api", "storage", "raft", "nodeagent", "controller", "cli", "jepsen"]),
+    ("simulation", &["model"]),
+    ("tests", &["model", "api", "storage", "raft", "nodeagent", "controller", "cli", "jepsen", "simulation"]),
 ];
 
 /// What `model` may use from outside: nothing that can wait, look or choose.

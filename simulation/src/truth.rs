@@ -1,0 +1,77 @@
+//! What is true on the hosts, asked after every tick, whatever anybody believes.
+
+use std::collections::BTreeMap;
+
+use model::{Capacity, NodeId, NodeState, VmId};
+
+use crate::{cloud::Cloud, coverage, host::Guest};
+
+pub fn look(cloud: &mut Cloud) {
+    for rule in [no_exclusive_machine_runs_twice, no_lease_outlives_its_host, hosts_hold_what_they_can] {
+        if let Err(what) = rule(cloud) {
+            cloud.around.broken(what);
+        }
+    }
+    count_copies(cloud);
+}
+
+fn running(cloud: &Cloud) -> impl Iterator<Item = (NodeId, VmId, &Guest)> {
+    let now = cloud.around.now;
+    cloud.hosts.iter().flat_map(move |(id, host)| {
+        let runs = host.guests.iter().filter(move |(_, guest)| host.runs(now, guest));
+        runs.map(move |(vm, guest)| (*id, *vm, guest))
+    })
+}
+
+/// The promise: a machine that must not run twice does not, at any instant; nor does another under its address.
+fn no_exclusive_machine_runs_twice(cloud: &Cloud) -> Result<(), String> {
+    let mut hosts: BTreeMap<VmId, (NodeId, u64)> = BTreeMap::new();
+    let mut addresses: BTreeMap<(u32, u32), VmId> = BTreeMap::new();
+    for (host, vm, guest) in running(cloud).filter(|(.., guest)| guest.exclusive) {
+        if let Some((other, epoch)) = hosts.insert(vm, (host, guest.epoch)) {
+            return Err(format!("{vm} runs on {other} at epoch {epoch} and on {host} at epoch {}", guest.epoch));
+        }
+        if let Some(other) = guest.address.and_then(|address| addresses.insert(address, vm)) {
+            return Err(format!("{vm} on {host} runs under the address of {other}"));
+        }
+    }
+    Ok(())
+}
+
+/// Whoever is declared lost has no lease, not even for a moment.
+fn no_lease_outlives_its_host(cloud: &Cloud) -> Result<(), String> {
+    for node in cloud.around.quorum.state.nodes().values().filter(|node| node.state == NodeState::Lost) {
+        if cloud.hosts.get(&node.id).is_some_and(|host| host.lease_in_force(cloud.around.now)) {
+            return Err(format!("{} is declared lost and has a lease in force", node.id));
+        }
+    }
+    Ok(())
+}
+
+/// The guests of current placements fit into their host. Stale ones may be beside them until they are set aside.
+fn hosts_hold_what_they_can(cloud: &Cloud) -> Result<(), String> {
+    let state = &cloud.around.quorum.state;
+    for (id, host) in &cloud.hosts {
+        let Some(node) = state.nodes().get(id) else { continue };
+        let placed = |vm: &VmId, guest: &Guest| {
+            let placement = state.vms().get(vm).and_then(|vm| vm.placement);
+            placement.is_some_and(|placement| placement.node == *id && placement.epoch == guest.epoch)
+        };
+        let sizes = host.guests.iter().filter(|(vm, guest)| placed(vm, guest)).map(|(_, guest)| guest.size);
+        let used = sizes.fold(Capacity::default(), Capacity::plus);
+        if !used.fits_in(state.promisable(node)) {
+            return Err(format!("the guests of {id} take {used:?}, more than it may promise"));
+        }
+    }
+    Ok(())
+}
+
+/// An available machine may run twice while its host is cut off; that this happens shows that the others could.
+fn count_copies(cloud: &mut Cloud) {
+    let mut copies: BTreeMap<VmId, u64> = BTreeMap::new();
+    running(cloud).for_each(|(_, vm, _)| *copies.entry(vm).or_default() += 1);
+    let twice = copies.values().filter(|copies| **copies > 1).count() as u64;
+    if twice > 0 {
+        cloud.around.coverage.add(coverage::MACHINE_TWICE, twice);
+    }
+}
