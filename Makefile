@@ -45,11 +45,11 @@ test:
 	@scripts/test; status=$$?; scripts/keep-rocksdb; exit $$status
 
 simulate:
-	cargo build --release --locked -p simulation --bin simulate
+	cargo build --release --locked --workspace --bin simulate
 	@$(CARGO_TARGET_DIR)/release/simulate $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FROM),--from $(FROM)) $(if $(SEED),--seed $(SEED))
 
 sabotage:
-	cargo build --release --locked -p tests --bin sabotage
+	cargo build --release --locked --workspace --bin sabotage
 	@$(CARGO_TARGET_DIR)/release/sabotage --release $(if $(ONLY),--only '$(ONLY)')
 
 bench: build
