@@ -12,7 +12,6 @@ mod config;
 mod core;
 mod enrol;
 mod found;
-mod gather;
 mod hear;
 mod keep;
 mod lead;

@@ -29,7 +29,7 @@ use crate::{
     config::{Config, random},
     core::Core,
     found::replica_config,
-    gather, hear, lead,
+    hear, lead,
     service::{MAX_REQUEST_BYTES, Service},
     session::Sessions,
 };
@@ -81,7 +81,7 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
         let _ = stopped.wait_for(|stop| *stop).await;
     };
     let incoming = TcpIncoming::from(tcp).with_nodelay(Some(true));
-    let over_tcp = router(&core)?.serve_with_incoming_shutdown(gather::gathering(incoming), until(stopped.clone()));
+    let over_tcp = router(&core)?.serve_with_incoming_shutdown(incoming, until(stopped.clone()));
     let over_unix = router(&core)?.serve_with_incoming_shutdown(UnixListenerStream::new(unix), until(stopped));
     let servers = tokio::spawn(async move { tokio::try_join!(over_tcp, over_unix) });
     let nonce = u64::from_le_bytes(random()?[..8].try_into().context("eight of 32 bytes")?) | 1;
