@@ -178,7 +178,9 @@ impl Cloud {
         self.around.story.tell(now, || format!("controller {next} is elected for term {term}"));
         if old != next {
             self.around.coverage.count(coverage::LEADER_CHANGED);
-            let learns = now + self.around.dice.delay(1500, 15_000, 300);
+            let cut_off = !self.around.wires.is_open_both_ways(Place::Controller(old), Place::Controller(next));
+            let long_permille = if cut_off { 900 } else { 200 };
+            let learns = now + self.around.dice.delay(1500, 15_000, long_permille);
             self.controllers[old].notify(learns, None);
         }
         let learns = now + self.around.dice.delay(200, 2000, 30);

@@ -60,7 +60,8 @@ impl Faults {
                 self.cut_host(cloud, &cut, 14_000);
             }
             5..=6 => self.cut_link(cloud, host, controller),
-            7..=9 => self.cut_controller(cloud),
+            7 => self.cut_controller(cloud),
+            8..=9 => self.part(cloud, &hosts),
             10..=12 => transfer(cloud, controller),
             13..=14 => self.crash_controller(cloud, controller),
             15 => self.freeze_controller(cloud, controller),
@@ -120,6 +121,17 @@ impl Faults {
             }
         }
         self.cut(cloud, &format!("the leader {one:?} from the others"), links, 20_000);
+    }
+
+    /// The leader and some hosts on one side, the other controllers and hosts on the other: it goes on answering its
+    /// hosts until it knows that it leads no more, and the others cannot hear them.
+    fn part(&mut self, cloud: &mut Cloud, hosts: &[NodeId]) {
+        let leader = cloud.around.quorum.leader;
+        let others = || (0..CONTROLLERS).filter(move |other| *other != leader).map(Place::Controller);
+        let with_it: Vec<NodeId> = hosts.iter().copied().filter(|_| cloud.around.dice.permille(400)).collect();
+        let places = with_it.iter().map(|host| Place::Host(*host)).chain([Place::Controller(leader)]);
+        let links = places.flat_map(|place| others().flat_map(move |other| [(place, other), (other, place)]));
+        self.cut(cloud, &format!("controller {leader} and {with_it:?} from the others"), links.collect(), 20_000);
     }
 
     fn crash_controller(&mut self, cloud: &mut Cloud, number: usize) {
