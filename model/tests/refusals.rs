@@ -195,3 +195,34 @@ fn nothing_is_taken_while_an_operator_or_the_brake_forbids_it() {
     cloud.done(Command::Operator(OperatorCommand::ArmRecovery { armed: true }));
     assert_eq!(cloud.recover(epoch), Ok(Reply::Done));
 }
+
+/// A host that is cut off does not hear that its guest must not run twice, and goes on when its lease has ended.
+#[test]
+fn a_machine_becomes_exclusive_only_while_no_host_runs_it() {
+    let mut cloud = Cloud::new();
+    let set = |recovery| Command::Tenant(TenantCommand::SetVmRecovery { vm: VM, recovery, priority: 7 });
+    cloud.done(set(Recovery::Exclusive));
+    assert_eq!(cloud.vm().priority, 7, "it was exclusive already");
+    cloud.done(set(Recovery::Available));
+    assert!(is_stale(&cloud.apply(set(Recovery::Exclusive))));
+    let power = |wanted| Command::Tenant(TenantCommand::SetVmPower { vm: VM, wanted, stop_grace_millis: 0 });
+    cloud.done(power(Wanted::Stopped));
+    assert!(is_stale(&cloud.apply(set(Recovery::Exclusive))), "it may still run");
+    cloud.report(1, cloud.epoch(), Phase::Stopped).unwrap();
+    cloud.done(set(Recovery::Exclusive));
+    assert_eq!(cloud.vm().recovery, Recovery::Exclusive);
+    cloud.done(set(Recovery::None));
+    cloud.done(power(Wanted::Running));
+    assert!(is_stale(&cloud.apply(set(Recovery::Exclusive))), "it is being started");
+}
+
+#[test]
+fn a_forced_deletion_keeps_address_and_room_until_the_host_is_free_of_it() {
+    let mut cloud = Cloud::new();
+    let (epoch, ip) = (cloud.epoch(), cloud.vm().nics[0].ip);
+    cloud.done(Command::Tenant(TenantCommand::DeleteVm { vm: VM, force: true }));
+    assert!(cloud.vm().ghost && cloud.vm().nics[0].ip == ip);
+    assert!(cloud.state.reserved(NODE).vcpus > 0 && cloud.state.addresses_used(NetworkId(1)) == 1);
+    cloud.report(1, epoch, Phase::Absent).unwrap();
+    assert!(!cloud.state.vms().contains(&VM) && cloud.state.addresses_used(NetworkId(1)) == 0);
+}

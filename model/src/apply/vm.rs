@@ -99,6 +99,15 @@ impl State {
 
     pub(super) fn set_vm_recovery(&mut self, m: Moment, id: VmId, recovery: Recovery, priority: u8) -> Applied {
         let mut vm = self.owned_vm(m, id)?.clone();
+        let becomes_exclusive = recovery == Recovery::Exclusive && vm.recovery != recovery;
+        // A host that does not hear of it would let the guest run beyond its lease, and another one runs then as well.
+        if becomes_exclusive && vm.placement.is_some() && vm.status() != Status::Stopped {
+            return Err(Rejection::Stale(format!(
+                "{} is {}; a machine can be made exclusive only while it is stopped or has no host",
+                vm.name,
+                vm.status()
+            )));
+        }
         (vm.recovery, vm.priority, vm.request) = (recovery, priority, m.request);
         self.put_vm(vm);
         Ok(Reply::Vm(id))
