@@ -124,6 +124,8 @@ fn whatever_breaks_in_the_middle_the_guest_stays_where_it_was() {
     for (epoch, (what, fault)) in (11..).zip(faults) {
         let expected = GuestSpec { epoch, ..cloud.two.host.spec(VM.0) };
         let departure = cloud.prepare(&cloud.one, &cloud.two, &expected);
+        // However fast the machine is: it cannot have arrived before the fault.
+        hold(&departure.route.memory);
         let destination = departure.destination.clone();
         let job = Job::new(PATIENCE);
         let moved = thread::scope(|scope| {
@@ -158,6 +160,9 @@ fn wherever_the_connection_is_cut_the_guest_runs_on_one_side() {
         let there = GuestSpec { epoch, ..to.host.spec(VM.0) };
         let departure = cloud.prepare(from, to, &there);
         let (destination, job) = (departure.destination.clone(), Job::new(PATIENCE));
+        if percent == 0 {
+            hold(&departure.route.memory);
+        }
         let moved = thread::scope(|scope| {
             let moving = scope.spawn(|| from.hypervisor.migrate(VM, &destination, &cloud.route(), &job));
             wait("so many bytes are there", || {
@@ -290,6 +295,23 @@ fn carry(from: PathBuf, to: PathBuf) {
             let (near_too, far_too) = (near.try_clone().unwrap(), far.try_clone().unwrap());
             thread::spawn(move || pump(near, far));
             thread::spawn(move || pump(far_too, near_too));
+        }
+    });
+}
+
+/// Lets connections to this socket through, but nothing that the guest's host sends on them, until the other end closes.
+fn hold(socket: &Path) {
+    let behind = socket.with_extension("held");
+    fs::rename(socket, &behind).unwrap();
+    let listener = UnixListener::bind(socket).unwrap();
+    // Ends with the process: a listener cannot be told to stop.
+    thread::spawn(move || {
+        for near in listener.incoming().flatten() {
+            let Ok(mut far) = UnixStream::connect(&behind) else { continue };
+            thread::spawn(move || {
+                let _ = io::copy(&mut far, &mut &near);
+                near.shutdown(Shutdown::Both)
+            });
         }
     });
 }

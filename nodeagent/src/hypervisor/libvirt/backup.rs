@@ -42,7 +42,11 @@ pub fn back_up(h: &Libvirt, vm: VmId, job: &Job) -> Result<Backup> {
     let part = file.with_extension("part");
     let copied =
         if seen.is_on() { push(h, vm, &domain, &part, job) } else { convert(&h.dirs.paths(vm).disk, &part, job) };
-    let checked = copied.and_then(|consistency| Ok((consistency, check(&part)?)));
+    let checked = copied.and_then(|consistency| {
+        // Also one that was done before its end was noticed: who cancelled it counts on there being no backup.
+        job.must_end()
+            .map_or_else(|| Ok((consistency, check(&part)?)), |why| Err(HypervisorError::Transient(why.into())))
+    });
     let (consistency, virtual_bytes) = match checked {
         Ok(checked) => checked,
         Err(e) => {
