@@ -148,15 +148,18 @@ pub fn is_held(data: &Path) -> io::Result<bool> {
     }
 }
 
-/// Tells one build of the program from another, so that a new agent replaces the guard of the old one.
-pub fn build() -> u64 {
-    let of = |path: &Path| -> Option<u64> {
-        let metadata = path.metadata().ok()?;
+/// The file that runs, also when another one has its name by now.
+pub const THIS_PROGRAM: &str = "/proc/self/exe";
+
+/// Tells one build of a program from another, so that a new agent replaces the guard of the old one. 0 when there is no
+/// such file.
+pub fn build(program: &Path) -> u64 {
+    let of = || -> Option<u64> {
+        let metadata = program.metadata().ok()?;
         let modified = metadata.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
         Some(modified.as_nanos() as u64 ^ metadata.len().rotate_left(48))
     };
-    // Of the file that runs, also when another one has its name by now.
-    of(Path::new("/proc/self/exe")).unwrap_or(0)
+    of().unwrap_or(0)
 }
 
 struct Deadline {

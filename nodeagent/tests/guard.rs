@@ -1,13 +1,11 @@
 //! The guard as a process, with processes that carry a guest's arguments and do nothing: an agent that is stopped or
 //! killed, a guard that is killed or stuck, a lease that comes back. What ran when is read from `/proc`, not asked for.
-//!
-//! Agent and guard are this very program: see the two tests that are ignored.
 
 use std::{
-    env, fs,
+    fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -16,8 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use api::{beat::BeatKey, tls::CertificateAuthority};
-use model::{NodeId, VmId};
+use model::VmId;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -25,13 +22,17 @@ use nix::{
 use nodeagent::{
     clock,
     guard::{
-        self, GuardConfig,
+        self,
         supervisor::{GuardProgram, Supervisor},
     },
     hypervisor::domain_xml::{domain_name, domain_uuid},
     lease::{Leases, Machine, Permit, Standing, page::Page},
-    membership::{DataDir, Membership},
 };
+
+use parts::{PARTS, Process, join, state};
+
+#[path = "guard_host/parts.rs"]
+mod parts;
 
 const CLUSTER: &str = "demo";
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -44,39 +45,21 @@ const MACHINES: [(u64, Standing); 4] =
     [(1, Standing::Leased), (2, Standing::Free), (3, Standing::Denied), (4, Standing::Leased)];
 
 #[test]
-#[ignore = "it is the guard of the other tests"]
-fn guard_process() {
-    let Some(data) = env::var_os("TREFOIL_TEST_DATA") else { return };
-    guard::run(&GuardConfig { data: data.into(), watchdog: None }).unwrap();
-}
-
-#[test]
-#[ignore = "it is the agent of the other tests"]
-fn agent_process() {
-    let Some(data) = env::var_os("TREFOIL_TEST_DATA") else { return };
-    let page = Page::open(Path::new(&data)).unwrap();
-    loop {
-        permit(&page, LEASE_NANOS);
-        sleep(Duration::from_millis(LEASE_NANOS / 10_000_000));
-    }
-}
-
-#[test]
 fn guests_stop_at_the_end_of_the_lease_with_the_agent_stopped_and_go_on_when_it_is_back() {
     let host = Host::new();
     let guests = [1, 2, 3, 5].map(|vm| host.guest(vm));
-    let agent = host.start("agent_process");
     let page = Page::open(&host.data()).unwrap();
-    wait("the agent permits", || current(&page).until > 0);
-    let mut guard = host.start("guard_process");
-    wait("what is denied is stopped at once", || guests[2].is_stopped());
+    permit(&page, LEASE_NANOS);
+    let agent = host.agent();
+    let mut guard = Process::guard(&host.data());
+    wait("what is denied is stopped at once", || is_stopped(&guests[2]));
     let watches = [0, 1, 3].map(|at: usize| Watch::begin(&guests[at]));
 
-    agent.signal(Signal::SIGSTOP);
-    wait("the exclusive guest is stopped", || guests[0].is_stopped());
+    signal(&agent, Signal::SIGSTOP);
+    wait("the exclusive guest is stopped", || is_stopped(&guests[0]));
     let until = current(&page).until;
     let late = host.guest(4);
-    wait("an exclusive guest that is started without a lease is stopped too", || late.is_stopped());
+    wait("an exclusive guest that is started without a lease is stopped too", || is_stopped(&late));
     wait("the guard has said so", || page.stopped().len() == 3);
     let [exclusive, available, unknown] = watches.map(Watch::end);
     let last_run = exclusive.iter().filter(|seen| !seen.stopped).map(|seen| seen.before).max().unwrap();
@@ -89,13 +72,13 @@ fn guests_stop_at_the_end_of_the_lease_with_the_agent_stopped_and_go_on_when_it_
 
     // The guard dies meanwhile: what is stopped stays so, and the next guard knows what the last one stopped.
     guard.kill();
-    assert!(guests[0].is_stopped() && late.is_stopped());
-    let _guard = host.start("guard_process");
+    assert!(is_stopped(&guests[0]) && is_stopped(&late));
+    let _guard = Process::guard(&host.data());
     wait("the next guard works", || page.sign().is_some_and(|sign| sign.is_fresh(clock::boottime_nanos())));
-    assert!(guests[0].is_stopped() && late.is_stopped() && page.stopped().len() == 3);
-    agent.signal(Signal::SIGCONT);
-    wait("they go on when the lease is back", || !guests[0].is_stopped() && !late.is_stopped());
-    assert!(guests[2].is_stopped(), "what is denied never does");
+    assert!(is_stopped(&guests[0]) && is_stopped(&late) && page.stopped().len() == 3);
+    signal(&agent, Signal::SIGCONT);
+    wait("they go on when the lease is back", || !is_stopped(&guests[0]) && !is_stopped(&late));
+    assert!(is_stopped(&guests[2]), "what is denied never does");
 }
 
 #[test]
@@ -105,7 +88,7 @@ fn one_guard_is_always_at_work_and_outlives_the_agent() {
     let page = Page::open(&host.data()).unwrap();
     let start = || {
         let leases = Arc::new(Leases::open(&host.data()).unwrap());
-        let program = GuardProgram { program: host.script(), watchdog: None };
+        let program = GuardProgram { program: host.script(), build: guard::build(Path::new(PARTS)), watchdog: None };
         runtime.spawn(Supervisor::new(host.data(), program, leases).keep())
     };
     let at_work = |not: u32| {
@@ -160,15 +143,7 @@ struct Host(tempfile::TempDir);
 impl Host {
     fn new() -> Self {
         let host = Self(tempfile::tempdir().unwrap());
-        let member = Membership {
-            cluster: CLUSTER.into(),
-            node: NodeId(1),
-            name: "h1".into(),
-            address: "127.0.0.1:7480".into(),
-            beat_key: BeatKey([7; 32]),
-            identity: CertificateAuthority::create(CLUSTER).unwrap().issue("node-1").unwrap(),
-        };
-        DataDir::open(&host.data()).unwrap().save_membership(&member).unwrap();
+        join(CLUSTER, &host.data());
         host
     }
 
@@ -176,21 +151,16 @@ impl Host {
         self.0.path().canonicalize().unwrap().join("data")
     }
 
-    fn start(&self, role: &str) -> Process {
-        let mut command = Command::new(env::current_exe().unwrap());
-        command.args([role, "--exact", "--ignored", "--nocapture"]).env("TREFOIL_TEST_DATA", self.data());
-        Process(command.stdout(Stdio::null()).spawn().unwrap())
+    fn agent(&self) -> Process {
+        let mut command = Command::new(PARTS);
+        command.arg("renew").arg(self.data()).arg(LEASE_NANOS.to_string());
+        Process(command.spawn().unwrap())
     }
 
     /// What the supervisor takes for the program: it is called as `SCRIPT agent guard --data DIR`.
     fn script(&self) -> PathBuf {
         let path = self.0.path().join("trefoil");
-        let program = env::current_exe().unwrap();
-        let text = format!(
-            "#!/bin/sh\nTREFOIL_TEST_DATA=$4 exec {} guard_process guard \"$4\" --exact --ignored --nocapture >/dev/null\n",
-            program.display()
-        );
-        fs::write(&path, text).unwrap();
+        fs::write(&path, format!("#!/bin/sh\nexec {PARTS} guard \"$4\"\n")).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         path
     }
@@ -210,34 +180,12 @@ impl Host {
     }
 }
 
-/// Ends with the test.
-struct Process(Child);
-
-impl Process {
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.0.id() as i32), signal).unwrap();
-    }
-
-    fn is_stopped(&self) -> bool {
-        state(self.0.id()) == Some('T')
-    }
-
-    fn kill(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+fn signal(process: &Process, signal: Signal) {
+    kill(Pid::from_raw(process.0.id() as i32), signal).unwrap();
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-/// proc(5): the state follows the name, which may hold anything, brackets too.
-fn state(pid: u32) -> Option<char> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
+fn is_stopped(process: &Process) -> bool {
+    state(process.0.id()) == Some('T')
 }
 
 /// A guest's state, and the moments on CLOCK_BOOTTIME between which it was read.

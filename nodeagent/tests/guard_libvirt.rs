@@ -1,41 +1,31 @@
 //! The guard against real QEMU processes while libvirtd hangs, and what becomes of a guest that it has stopped.
 //!
-//! Needs root, libvirtd and QEMU; without them it prints `skipped: reason`. The guard is this very program: see the test
-//! that is ignored.
+//! Needs root, libvirtd and QEMU; without them it prints `skipped: reason`.
 #![cfg(feature = "libvirt")]
 
 use std::{
-    env, fs,
-    process::{Child, Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use api::{beat::BeatKey, tls::CertificateAuthority};
-use model::{NodeId, VmId};
+use model::VmId;
 use nodeagent::{
     clock,
-    guard::{self, GuardConfig},
     hypervisor::{GuestPower, Hypervisor, OffReason, quarantine},
     lease::{Machine, Permit, Standing, page::Page},
-    membership::{DataDir, Membership},
 };
 
 use host::{CLUSTER, Host, wait};
+use parts::{Process, join, state};
 
 #[path = "libvirt_host/host.rs"]
 mod host;
+#[path = "guard_host/parts.rs"]
+mod parts;
 
 const SECOND: u64 = 1_000_000_000;
 /// As `Host::spec` has it.
 const EPOCH: u64 = 4242;
-
-#[test]
-#[ignore = "it is the guard of the other test"]
-fn guard_process() {
-    let Some(data) = env::var_os("TREFOIL_TEST_DATA") else { return };
-    guard::run(&GuardConfig { data: data.into(), watchdog: None }).unwrap();
-}
 
 #[test]
 fn guests_stop_with_libvirtd_hung_and_one_that_was_given_away_is_set_aside_at_once() {
@@ -48,7 +38,8 @@ fn guests_stop_with_libvirtd_hung_and_one_that_was_given_away_is_set_aside_at_on
     let processes = [1, 2].map(|vm| host.guest_process(VmId(vm)).expect("the guest's process"));
     let page = Page::open(&host.agent_dir()).unwrap();
     permit(&page, 60 * SECOND, [Standing::Leased, Standing::Leased]);
-    let _guard = start_guard(&host);
+    join(CLUSTER, &host.agent_dir());
+    let _guard = Process::guard(&host.agent_dir());
     wait("the guard works", || page.sign().is_some_and(|sign| sign.is_fresh(clock::boottime_nanos())));
 
     assert!(host.inside("kill -STOP $(cat /run/libvirtd.pid)").status().unwrap().success());
@@ -92,34 +83,6 @@ fn permit(page: &Page, lasts: u64, standings: [Standing; 2]) -> u64 {
     until
 }
 
-/// proc(5): the state follows the name, which may hold anything, brackets too.
 fn is_stopped(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
-}
-
-fn start_guard(host: &Host) -> Guard {
-    let member = Membership {
-        cluster: CLUSTER.into(),
-        node: NodeId(1),
-        name: "h1".into(),
-        address: "127.0.0.1:7480".into(),
-        beat_key: BeatKey([7; 32]),
-        identity: CertificateAuthority::create(CLUSTER).unwrap().issue("node-1").unwrap(),
-    };
-    DataDir::open(&host.agent_dir()).unwrap().save_membership(&member).unwrap();
-    let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["guard_process", "--exact", "--ignored", "--nocapture"]);
-    command.env("TREFOIL_TEST_DATA", host.agent_dir()).stdout(Stdio::null());
-    Guard(command.spawn().unwrap())
-}
-
-/// Ends with the test.
-struct Guard(Child);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+    state(pid) == Some('T')
 }

@@ -197,7 +197,11 @@ impl HostSettings {
             HypervisorName::Libvirt => HypervisorChoice::Libvirt {
                 uri: self.libvirt_uri.clone().unwrap_or("qemu:///system".into()),
                 limit: self.limit()?,
-                guard: GuardProgram { program: std::env::current_exe()?, watchdog: self.watchdog.clone() },
+                guard: GuardProgram {
+                    program: std::env::current_exe()?,
+                    build: guard::build(Path::new(guard::THIS_PROGRAM)),
+                    watchdog: self.watchdog.clone(),
+                },
             },
             HypervisorName::Simulated => HypervisorChoice::Simulated {
                 capacity: self.capacity_or(SIMULATED),

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process,
     sync::{
         Arc,
@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Event, GLANCE_NANOS, Shared, Teller, build, host::Timer, roomy, roster::Held};
+use super::{Event, GLANCE_NANOS, Shared, THIS_PROGRAM, Teller, build, host::Timer, roomy, roster::Held};
 use crate::{
     clock,
     hypervisor::qemu_process::{QemuProcess, find_all},
@@ -58,7 +58,7 @@ impl LookOut {
             tell,
             wake,
             permit: roomy(),
-            build: build(),
+            build: build(Path::new(THIS_PROGRAM)),
             listed: inherited.clone(),
             inherited,
             told: BTreeSet::new(),

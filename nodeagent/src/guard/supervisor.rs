@@ -12,7 +12,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{build, is_held};
+use super::is_held;
 use crate::{
     clock,
     lease::{Leases, page::GuardSign},
@@ -31,6 +31,8 @@ const ALERT_NANOS: u64 = 60_000_000_000;
 #[derive(Clone, Debug)]
 pub struct GuardProgram {
     pub program: PathBuf,
+    /// Its [`super::build`]: a guard of another one is replaced.
+    pub build: u64,
     pub watchdog: Option<PathBuf>,
 }
 
@@ -103,7 +105,7 @@ impl Supervisor {
             return;
         };
         self.unsigned_since = None;
-        if sign.build != build() {
+        if sign.build != self.program.build {
             tracing::info!(pid = sign.pid, "the guard is of another build and is replaced");
             self.end(Some(sign), Signal::SIGTERM);
         }
