@@ -1,18 +1,22 @@
-//! The Raft log as openraft wants it, on the one that storage keeps.
+//! The Raft log as openraft wants it, on the one that storage keeps. Its last entries are kept in memory too.
 
 use std::{
     fmt::Debug,
     io,
-    ops::{Bound, RangeBounds},
+    ops::{Bound, Range, RangeBounds},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use openraft::{
     OptionalSend,
     storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage},
 };
-use storage::{log::Log, record::Record, state::StateStore};
+use storage::{log::Log, state::StateStore};
 
 use crate::dialect::{self, Entry, LogId, TypeConfig, Vote};
+use tail::Tail;
+
+mod tail;
 
 /// Read and sent to a follower at a time: well under a message's limit, and enough to fill a fast link.
 const MAX_READ_BYTES: usize = 2 << 20;
@@ -21,12 +25,27 @@ const MAX_READ_BYTES: usize = 2 << 20;
 #[derive(Clone)]
 pub struct LogAdapter {
     log: Log,
+    tail: Arc<Mutex<Tail>>,
     tables: StateStore,
 }
 
 impl LogAdapter {
     pub fn new(log: Log, tables: StateStore) -> Self {
-        Self { log, tables }
+        Self { log, tail: Arc::default(), tables }
+    }
+
+    fn entries(&self, range: Range<u64>, max_bytes: usize) -> Result<Vec<Entry>, io::Error> {
+        if let Some(entries) = self.tail().read(&range, max_bytes) {
+            return Ok(entries);
+        }
+        let records = self.log.read(range, max_bytes).map_err(io::Error::other)?;
+        let damaged = || io::Error::other("a membership in the log is damaged");
+        records.into_iter().map(|record| dialect::from_record(record).ok_or_else(damaged)).collect()
+    }
+
+    fn tail(&self) -> MutexGuard<'_, Tail> {
+        // Nothing in there can panic halfway.
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn synced(receiver: tokio::sync::oneshot::Receiver<io::Result<()>>) -> io::Result<()> {
@@ -49,11 +68,11 @@ impl RaftLogReader<TypeConfig> for LogAdapter {
             Bound::Excluded(index) => *index,
             Bound::Unbounded => u64::MAX,
         };
-        entries(self.log.read(start..end.max(start), usize::MAX).map_err(io::Error::other)?)
+        self.entries(start..end.max(start), usize::MAX)
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
-        entries(self.log.read(start..end.max(start), MAX_READ_BYTES).map_err(io::Error::other)?)
+        self.entries(start..end.max(start), MAX_READ_BYTES)
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
@@ -94,24 +113,24 @@ impl RaftLogStorage<TypeConfig> for LogAdapter {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let records = entries.into_iter().map(|entry| dialect::encode(&entry));
+        let entries: Vec<Entry> = entries.into_iter().collect();
         let done = Box::new(move |result: Result<(), _>| callback.io_completed(result.map_err(io::Error::other)));
-        self.log.append(records, done).map_err(io::Error::other)
+        self.log.append(entries.iter().map(dialect::encode), done).map_err(io::Error::other)?;
+        self.tail().append(entries);
+        Ok(())
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
-        self.log.truncate_from(last.map_or(0, |id| id.index + 1)).map_err(io::Error::other)
+        let from = last.map_or(0, |id| id.index + 1);
+        self.tail().truncate_from(from);
+        self.log.truncate_from(from).map_err(io::Error::other)
     }
 
     async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
+        self.tail().purge(upto.index);
         let (log, tables, upto) = (self.log.clone(), self.tables.clone(), dialect::position(&upto));
         // A flush may be needed, and it waits for the disk.
         let purge = move || log.purge(upto, tables.flush_to(upto.index)?);
         tokio::task::spawn_blocking(purge).await.map_err(io::Error::other)?.map_err(io::Error::other)
     }
-}
-
-fn entries(records: Vec<Record>) -> Result<Vec<Entry>, io::Error> {
-    let damaged = || io::Error::other("a membership in the log is damaged");
-    records.into_iter().map(|record| dialect::from_record(record).ok_or_else(damaged)).collect()
 }
