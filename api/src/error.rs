@@ -35,10 +35,12 @@ impl ErrorKind {
         Some(match code {
             "invalid-argument" | "too-large" => Self::Usage,
             "not-found" => Self::NotFound,
-            "already-exists" | "in-use" | "version-mismatch" | "request-reused" | "stale" => Self::Conflict,
+            "already-exists" | "in-use" | "version-mismatch" | "request-reused" | "stale" | "precondition" => {
+                Self::Conflict
+            }
             "quota-exceeded" | "no-room" | "no-address" | "internal" | "unimplemented" | "failed" => Self::Refused,
             "unavailable" | "no-quorum" | "overloaded" => Self::Unavailable,
-            "timeout" => Self::Unknown,
+            "timeout" | "unproven" => Self::Unknown,
             "unauthenticated" | "forbidden" | "bad-join-token" => Self::Denied,
             _ => return None,
         })

@@ -133,6 +133,10 @@ pub enum Command {
     #[cfg(all(feature = "controller", feature = "agent"))]
     #[command(subcommand, after_help = "Example:\n  trefoil lab kill c1")]
     Lab(crate::lab::LabCommand),
+    /// Hurts a cloud on purpose, watches it heal, and reports
+    #[cfg(all(feature = "controller", feature = "agent"))]
+    #[command(subcommand)]
+    Drill(crate::drill::DrillCommand),
     /// Prints a completion script for a shell
     #[command(after_help = completion::EXAMPLE)]
     Completion(completion::CompletionArgs),

@@ -61,6 +61,8 @@ pub async fn run(cli: Cli, format: Format) -> Result<(), ApiError> {
         Command::Down(args) => crate::lab::down(args).await.map_err(local),
         #[cfg(all(feature = "controller", feature = "agent"))]
         Command::Lab(command) => crate::lab::lab(command).await.map_err(local),
+        #[cfg(all(feature = "controller", feature = "agent"))]
+        Command::Drill(command) => crate::drill::drill(command, &global, format).await.map_err(local),
         Command::Completion(args) => completion::run(&args),
     }
 }
@@ -77,7 +79,7 @@ fn local(error: anyhow::Error) -> ApiError {
 
 /// Waits until the process is asked to end, by a terminal or by whoever supervises it.
 #[cfg(any(feature = "controller", feature = "agent"))]
-fn asked_to_end() -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
+pub fn asked_to_end() -> anyhow::Result<impl Future<Output = ()> + Send + 'static> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;

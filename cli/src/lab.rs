@@ -5,22 +5,24 @@
 //! one joins them; the machine's own network carries none of it, and unix sockets lead in.
 //!
 //! `cloud` is what there is, written to `cloud.json`; `process` starts and ends processes by identity; `place` is the
-//! namespaces that a command runs in; `switch` and `host` make them, `init` is the first process of a host. `up`,
-//! `down` and `hand` are the commands. Deliberately not here: anything that a real installation needs.
+//! namespaces that a command runs in; `switch` and `host` make them, `init` is the first process of a host. `act` is
+//! what can be done to its members; `up`, `down` and `hand` are the commands. Deliberately not here: anything that a real installation needs.
 
+pub mod act;
 mod cloud;
 mod down;
 mod hand;
 mod host;
 mod init;
-mod member;
+pub mod member;
 mod place;
-mod process;
-mod switch;
+pub mod process;
+pub mod switch;
 mod telling;
 mod up;
 
 pub use cloud::{Cloud, LabHypervisor, Placement};
 pub use down::{DownArgs, down};
 pub use hand::{LabCommand, lab};
+pub use place::Place;
 pub use up::{UpArgs, how_to_use, up};

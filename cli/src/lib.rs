@@ -3,7 +3,7 @@
 //! `arguments` is what may be typed, `commands` what each noun does, `config` where endpoints and secrets come from,
 //! `context` what every command shares. `output`, `moment` and `quantity` turn values into text and back, `wait`
 //! follows a machine until it is what was asked for, `image_file` looks into a file before it is uploaded. `lab` is a
-//! whole cloud on one machine.
+//! whole cloud on one machine, `drill` hurts one and reports.
 //!
 //! Not here: any rule about names, sizes or rights. The quorum decides; the client asks and prints.
 
@@ -13,6 +13,8 @@ pub mod arguments;
 pub mod commands;
 pub mod config;
 mod context;
+#[cfg(all(feature = "controller", feature = "agent"))]
+pub mod drill;
 mod image_file;
 #[cfg(all(feature = "controller", feature = "agent"))]
 pub mod lab;

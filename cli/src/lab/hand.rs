@@ -1,15 +1,15 @@
 //! `trefoil lab`: break a cloud on this machine, mend it, and look inside its hosts.
 
-use std::{fs, os::unix::process::CommandExt, process::Command, time::Duration};
+use std::{os::unix::process::CommandExt, process::Command, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 
 use super::{
-    cloud::{Cloud, Host, LabHypervisor, Placement},
-    host, init, member,
+    act,
+    cloud::{Cloud, LabHypervisor, Placement},
+    init,
     process::ProcessId,
-    switch,
 };
 
 #[derive(Debug, Subcommand)]
@@ -83,24 +83,21 @@ const POLITE: Duration = Duration::from_secs(30);
 pub async fn lab(command: LabCommand) -> Result<()> {
     match command {
         LabCommand::Status(placement) => status(&Cloud::load(&placement.dir)?),
-        LabCommand::Kill(target) => end(target, Duration::ZERO).await,
-        LabCommand::Stop(target) => end(target, POLITE).await,
-        LabCommand::Start(target) => start(target).await,
-        LabCommand::Wipe(target) => wipe(target).await,
-        LabCommand::KillLibvirtd(target) => {
-            let (mut cloud, name) = target.open()?;
-            booted(host_of(&mut cloud, &name)?)?.libvirtd.end(Duration::ZERO).await
-        }
-        LabCommand::Poweroff(target) => poweroff(target).await,
-        LabCommand::Cut(target) => set_cable(target, false).await,
-        LabCommand::Heal(target) => set_cable(target, true).await,
+        LabCommand::Kill(target) => target.act(async |cloud, name| act::end(cloud, name, Duration::ZERO).await).await,
+        LabCommand::Stop(target) => target.act(async |cloud, name| act::end(cloud, name, POLITE).await).await,
+        LabCommand::Start(target) => target.act(act::start).await,
+        LabCommand::Wipe(target) => target.act(wipe).await,
+        LabCommand::KillLibvirtd(target) => target.act(kill_libvirtd).await,
+        LabCommand::Poweroff(target) => target.act(act::power_off).await,
+        LabCommand::Cut(target) => target.act(async |cloud, name| act::set_cable(cloud, name, false).await).await,
+        LabCommand::Heal(target) => target.act(async |cloud, name| act::set_cable(cloud, name, true).await).await,
         LabCommand::Exec(exec) => {
             let mut cloud = Cloud::load(&exec.placement.dir)?;
             become_command(&mut cloud, &exec.name, &[], &exec.command)
         }
         LabCommand::TenantExec(exec) => {
             let mut cloud = Cloud::load(&exec.placement.dir)?;
-            host_of(&mut cloud, &exec.host)?;
+            act::host_of(&mut cloud, &exec.host)?;
             let way = ["nsenter".into(), format!("--net=/run/netns/tf-{}", exec.vni), "--".into()];
             become_command(&mut cloud, &exec.host, &way, &exec.command)
         }
@@ -109,9 +106,19 @@ pub async fn lab(command: LabCommand) -> Result<()> {
 }
 
 impl Target {
-    fn open(self) -> Result<(Cloud, String)> {
-        Ok((Cloud::load(&self.placement.dir)?, self.name))
+    async fn act<T>(self, act: impl AsyncFnOnce(&mut Cloud, &str) -> Result<T>) -> Result<()> {
+        act(&mut Cloud::load(&self.placement.dir)?, &self.name).await.map(|_| ())
     }
+}
+
+async fn wipe(cloud: &mut Cloud, name: &str) -> Result<()> {
+    let id = act::wipe(cloud, name).await?;
+    println!("{name} lost its data and is controller-{id} now");
+    Ok(())
+}
+
+async fn kill_libvirtd(cloud: &mut Cloud, name: &str) -> Result<()> {
+    act::booted(act::host_of(cloud, name)?)?.libvirtd.end(Duration::ZERO).await
 }
 
 fn status(cloud: &Cloud) -> Result<()> {
@@ -135,89 +142,11 @@ fn status(cloud: &Cloud) -> Result<()> {
     Ok(())
 }
 
-async fn end(target: Target, polite: Duration) -> Result<()> {
-    let (mut cloud, name) = target.open()?;
-    let process = match cloud.controller(&name) {
-        Some(controller) => &mut controller.process,
-        None => &mut host_of(&mut cloud, &name)?.agent,
-    };
-    let ended = process.take().filter(ProcessId::is_alive).with_context(|| format!("{name} does not run"))?;
-    ended.end(polite).await?;
-    cloud.save()
-}
-
-async fn start(target: Target) -> Result<()> {
-    let (mut cloud, name) = target.open()?;
-    if let Some(controller) = cloud.controllers.iter().find(|controller| controller.name == name) {
-        ensure!(!controller.process.is_some_and(|process| process.is_alive()), "{name} runs already");
-        let process = member::start_controller(&cloud, controller).await?;
-        expect(cloud.controller(&name), &name)?.process = Some(process);
-        return cloud.save();
-    }
-    let host = host_of(&mut cloud, &name)?.clone();
-    if cloud.hypervisor == LabHypervisor::Libvirt {
-        let boot = match host.boot {
-            Some(mut boot) if boot.init.is_alive() => {
-                if !boot.libvirtd.is_alive() {
-                    boot.libvirtd = host::start_libvirtd(&cloud, &host, boot.init).await?;
-                }
-                boot
-            }
-            _ => host::boot(&cloud, &host).await?,
-        };
-        host_of(&mut cloud, &name)?.boot = Some(boot);
-        cloud.save()?;
-    }
-    if !host.agent.is_some_and(|agent| agent.is_alive()) {
-        let host = host_of(&mut cloud, &name)?.clone();
-        let agent = member::start_agent(&cloud, &host).await?;
-        host_of(&mut cloud, &name)?.agent = Some(agent);
-    }
-    cloud.save()
-}
-
-async fn wipe(target: Target) -> Result<()> {
-    let (mut cloud, name) = target.open()?;
-    let controller = expect(cloud.controller(&name), &name)?.clone();
-    ensure!(!controller.process.is_some_and(|process| process.is_alive()), "{name} runs; stop or kill it first");
-    member::remove_controller(&cloud, controller.id).await?;
-    match fs::remove_dir_all(cloud.data(&name)) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).with_context(|| format!("cannot wipe {name}"))?,
-        _ => {}
-    }
-    let id = member::join_controller(&cloud, &controller).await?;
-    let process = member::start_controller(&cloud, &controller).await?;
-    let joined = expect(cloud.controller(&name), &name)?;
-    (joined.id, joined.process) = (id, Some(process));
-    cloud.save()?;
-    member::wait_for_voters(&cloud).await?;
-    println!("{name} lost its data and is controller-{id} now");
-    Ok(())
-}
-
-async fn poweroff(target: Target) -> Result<()> {
-    let (mut cloud, name) = target.open()?;
-    let host = host_of(&mut cloud, &name)?;
-    match host.boot.take() {
-        Some(boot) => host::power_off(&boot).await?,
-        // A simulated host has one process.
-        None => host.agent.with_context(|| format!("{name} is off already"))?.end(Duration::ZERO).await?,
-    }
-    host.agent = None;
-    cloud.save()
-}
-
-async fn set_cable(target: Target, connected: bool) -> Result<()> {
-    let (cloud, name) = target.open()?;
-    ensure!(cloud.hypervisor == LabHypervisor::Libvirt, "members of a simulated cloud share one network");
-    switch::set_port(&cloud, &name, connected).await
-}
-
 fn become_command(cloud: &mut Cloud, name: &str, way: &[String], command: &[String]) -> Result<()> {
     let place = match cloud.controller(name).cloned() {
         Some(controller) => cloud.place_of_controller(&controller),
         None => {
-            let host = host_of(cloud, name)?.clone();
+            let host = act::host_of(cloud, name)?.clone();
             cloud.place_of_host(&host)?
         }
     };
@@ -225,19 +154,4 @@ fn become_command(cloud: &mut Cloud, name: &str, way: &[String], command: &[Stri
     let line = place.command_line(&words);
     let (program, arguments) = line.split_first().context("an empty command")?;
     Err(Command::new(program).args(arguments).exec()).with_context(|| format!("cannot run {program}"))
-}
-
-fn host_of<'a>(cloud: &'a mut Cloud, name: &str) -> Result<&'a mut Host> {
-    expect(cloud.host(name), name)
-}
-
-fn booted(host: &Host) -> Result<super::cloud::Boot> {
-    match host.boot {
-        Some(boot) if boot.init.is_alive() => Ok(boot),
-        _ => bail!("the host {} is switched off, or simulated", host.name),
-    }
-}
-
-fn expect<'a, T>(found: Option<&'a mut T>, name: &str) -> Result<&'a mut T> {
-    found.with_context(|| format!("there is no {name} in this cloud (see `trefoil lab status`)"))
 }

@@ -58,11 +58,13 @@ pub async fn join_controller(cloud: &Cloud, controller: &Controller) -> Result<u
     joined["id"].as_u64().context("the answer has no id")
 }
 
+/// By way of `wrapper`, a program that becomes the one that it is given.
+///
 /// # Errors
 /// When it does not start.
-pub async fn start_controller(cloud: &Cloud, controller: &Controller) -> Result<ProcessId> {
+pub async fn start_controller(cloud: &Cloud, controller: &Controller, wrapper: &[&str]) -> Result<ProcessId> {
     let place = cloud.place_of_controller(controller);
-    start(cloud, &place, &controller.name, "controller").await
+    start(cloud, &place, &controller.name, "controller", wrapper).await
 }
 
 /// # Errors
@@ -77,7 +79,7 @@ pub async fn join_agent(cloud: &Cloud, host: &Host, token: &str) -> Result<()> {
 /// # Errors
 /// When it does not start.
 pub async fn start_agent(cloud: &Cloud, host: &Host) -> Result<ProcessId> {
-    start(cloud, &cloud.place_of_host(host)?, &host.name, "agent").await
+    start(cloud, &cloud.place_of_host(host)?, &host.name, "agent", &[]).await
 }
 
 /// A one-time token.
@@ -183,10 +185,10 @@ fn expect_alive(cloud: &Cloud, name: &str, process: Option<ProcessId>) -> Result
     bail!("{name} has ended; {}: {}", log.display(), last_words(&log))
 }
 
-async fn start(cloud: &Cloud, place: &Place, name: &str, noun: &str) -> Result<ProcessId> {
+async fn start(cloud: &Cloud, place: &Place, name: &str, noun: &str, wrapper: &[&str]) -> Result<ProcessId> {
     let log = cloud.log(name);
     let (program, data) = (program()?, cloud.data(name).display().to_string());
-    let command = [&*program, noun, "run", "--data", &data];
+    let command = [wrapper, &[&*program, noun, "run", "--data", &data]].concat();
     Daemon { dir: &cloud.dir, log: &log, place }.start(&command).await
 }
 

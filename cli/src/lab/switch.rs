@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use super::{
     cloud::Cloud,
@@ -51,6 +52,18 @@ pub async fn plug_host(cloud: &Cloud, name: &str, underlay: IpAddr, init: Proces
 pub async fn set_port(cloud: &Cloud, name: &str, connected: bool) -> Result<()> {
     let state = if connected { "up" } else { "down" };
     ip(cloud, &["-n", &cloud.namespace(NAME), "link", "set", name, state]).await
+}
+
+/// Bytes that a port has carried so far, in and out.
+///
+/// # Errors
+/// When there is no such port.
+pub async fn carried(cloud: &Cloud, name: &str) -> Result<u64> {
+    let switch = cloud.namespace(NAME);
+    let words = ["ip", "-n", &switch, "-s", "-j", "link", "show", "dev", name];
+    let ports: Value = serde_json::from_str(&run(&cloud.dir, &Place::Here, &words).await?)?;
+    let bytes = |way: &str| ports[0]["stats64"][way]["bytes"].as_u64().context("the kernel counts no bytes");
+    Ok(bytes("rx")? + bytes("tx")?)
 }
 
 /// The cable is made inside the switch: the machine's own network never sees an end of it. `to` is the name of a

@@ -151,7 +151,7 @@ async fn start_quorum(cloud: &Cloud, telling: Telling) -> Result<Vec<(u64, Proce
             0 => member::init_controller(cloud, controller).await?,
             _ => member::join_controller(cloud, controller).await?,
         };
-        started.push((id, member::start_controller(cloud, controller).await?));
+        started.push((id, member::start_controller(cloud, controller, &[]).await?));
         let did = if number == 0 { "founded the cloud" } else { "joined" };
         telling.step(&format!("controller {} {did}", controller.name));
     }

@@ -31,6 +31,7 @@ mod backup;
 mod control;
 mod effect;
 mod migration;
+pub mod outside;
 mod record;
 
 use control::Control;

@@ -148,3 +148,24 @@ fn whatever_it_backs_says_simulated() {
     let status = h.node_status().unwrap();
     assert_eq!((status.cpu_permille, status.memory_total_bytes), (0, 8 << 30));
 }
+
+#[test]
+fn from_outside_a_guest_is_on_until_the_power_is_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(outside::guests(dir.path()).unwrap(), []);
+    let h = Simulated::open(config(dir.path())).unwrap();
+    for vm in [1, 2] {
+        h.make_disk(&spec(vm)).unwrap();
+        h.start(&spec(vm)).unwrap();
+    }
+    h.suspend(VmId(2)).unwrap();
+    let mut seen = outside::guests(dir.path()).unwrap();
+    seen.sort_by_key(|seen| seen.vm);
+    let on = |vm, paused| outside::Seen { vm: VmId(vm), paused };
+    assert_eq!(seen, [on(1, false), on(2, true)]);
+    drop(h);
+    outside::cut_power(dir.path()).unwrap();
+    assert_eq!(outside::guests(dir.path()).unwrap(), []);
+    let found = Simulated::open(config(dir.path())).unwrap().guests().unwrap();
+    assert!(found.iter().all(|guest| guest.power == GuestPower::Off(OffReason::Crashed)), "{found:?}");
+}

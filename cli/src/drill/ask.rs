@@ -1,0 +1,82 @@
+//! The questions and requests of drills, each to whichever controller answers.
+
+use std::time::Duration;
+
+use api::{
+    client::{Client, new_request_id},
+    error::ApiError,
+    proto::{GetVmRequest, ListRequest, ListVmsRequest, Node, QuorumStatusReply, QuorumStatusRequest, Vm},
+};
+
+/// The largest page; a cloud with more machines or hosts is not one that is drilled with all of them.
+const PAGE: u32 = 1000;
+
+/// `ask!(client, get_vm, body)`: the reply of a call that changes nothing.
+macro_rules! ask {
+    ($client:expr, $method:ident, $body:expr) => {
+        $client.read($body, |mut stub, request| async move { stub.$method(request).await }).await
+    };
+}
+
+/// `tell!(client, create_vm, body)`: the reply of a call that changes something.
+macro_rules! tell {
+    ($client:expr, $method:ident, $body:expr) => {
+        $client
+            .mutate(
+                api::client::new_request_id(),
+                $body,
+                |mut stub, request| async move { stub.$method(request).await },
+            )
+            .await
+    };
+}
+
+pub(super) use {ask, tell};
+
+pub async fn status(client: &Client) -> Result<QuorumStatusReply, ApiError> {
+    ask!(client, quorum_status, QuorumStatusRequest {})
+}
+
+/// What one controller says; `None` when it does not answer within `limit`.
+pub async fn status_of(client: &Client, endpoint: usize, limit: Duration) -> Option<QuorumStatusReply> {
+    let request = client.request(None, QuorumStatusRequest {}, limit);
+    let mut stub = client.stub(endpoint);
+    Some(tokio::time::timeout(limit, stub.quorum_status(request)).await.ok()?.ok()?.into_inner())
+}
+
+pub async fn nodes(client: &Client) -> Result<Vec<Node>, ApiError> {
+    let body = ListRequest { limit: PAGE, ..ListRequest::default() };
+    Ok(ask!(client, list_nodes, body)?.nodes)
+}
+
+/// Of all tenants.
+pub async fn vms(client: &Client) -> Result<Vec<Vm>, ApiError> {
+    let body = ListVmsRequest { limit: PAGE, ..ListVmsRequest::default() };
+    Ok(ask!(client, list_vms, body)?.vms)
+}
+
+pub async fn vm(client: &Client, tenant: &str, vm: &str) -> Result<Vm, ApiError> {
+    let body = GetVmRequest { tenant: tenant.into(), vm: vm.into(), stale: false };
+    ask!(client, get_vm, body)
+}
+
+/// What is the same under another word: there already, or gone already.
+pub fn unless(code: &str, outcome: Result<(), ApiError>) -> Result<(), ApiError> {
+    match outcome {
+        Err(error) if error.code == code => Ok(()),
+        other => other,
+    }
+}
+
+/// One write of a tag under an id of its own; its version.
+pub async fn set_tag(client: &Client, tenant: &str, key: &str, value: &str) -> Result<u64, ApiError> {
+    let body = api::proto::SetTagRequest {
+        tenant: tenant.into(),
+        key: key.into(),
+        value: value.into(),
+        expected_version: None,
+    };
+    let call =
+        |mut stub: api::proto::trefoil_client::TrefoilClient<_>, request| async move { stub.set_tag(request).await };
+    Ok(client.mutate(new_request_id(), body, call).await?.version)
+}

@@ -1,0 +1,118 @@
+//! How what a drill broke is made whole again: written down before it is broken, so that an interrupted drill heals too.
+//!
+//! Each succeeds when there is nothing to heal.
+
+use std::fmt;
+
+use anyhow::{Context, Result};
+use api::{
+    client::Client,
+    proto::{DeleteVmRequest, NamedRef},
+};
+use nix::sys::signal::Signal;
+
+use super::ask::{tell, unless};
+use crate::lab::{Cloud, act, member, process::ProcessId};
+
+#[derive(Clone, Debug)]
+pub enum Heal {
+    /// A controller or a host runs, and its agent.
+    Start(String),
+    /// A controller that lost its data votes again.
+    Rejoin(String),
+    Plug(String),
+    Continue(String, ProcessId),
+    /// Machine and tenant.
+    DeleteVm {
+        tenant: String,
+        vm: String,
+    },
+    DeleteImage {
+        tenant: String,
+        image: String,
+    },
+    DeleteNetwork {
+        tenant: String,
+        network: String,
+    },
+    DeleteTag {
+        tenant: String,
+        key: String,
+    },
+    DeleteTenant(String),
+}
+
+impl fmt::Display for Heal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Start(name) => write!(f, "{name} is started"),
+            Self::Rejoin(name) => write!(f, "{name} joins anew"),
+            Self::Plug(name) => write!(f, "the cable of {name} is plugged in"),
+            Self::Continue(name, process) => write!(f, "the agent of {name} goes on (SIGCONT to {})", process.pid),
+            Self::DeleteVm { vm, .. } => write!(f, "the machine {vm} is deleted"),
+            Self::DeleteImage { image, .. } => write!(f, "the image {image} is deleted"),
+            Self::DeleteNetwork { network, .. } => write!(f, "the network {network} is deleted"),
+            Self::DeleteTag { key, .. } => write!(f, "the tag {key} is deleted"),
+            Self::DeleteTenant(name) => write!(f, "the tenant {name} is deleted"),
+        }
+    }
+}
+
+impl Heal {
+    /// # Errors
+    /// With one sentence.
+    pub async fn apply(&self, cloud: Option<&mut Cloud>, client: &Client) -> Result<()> {
+        match self {
+            Self::Start(name) => start(of_up(cloud)?, name).await,
+            Self::Rejoin(name) => {
+                let cloud = of_up(cloud)?;
+                if runs(cloud, name) { Ok(()) } else { act::wipe(cloud, name).await.map(|_| ()) }
+            }
+            Self::Plug(name) => act::set_cable(of_up(cloud)?, name, true).await,
+            Self::Continue(_, process) => process.signal(Signal::SIGCONT),
+            Self::DeleteVm { tenant, vm } => {
+                let body = DeleteVmRequest { tenant: tenant.clone(), vm: vm.clone(), force: false };
+                gone(tell!(client, delete_vm, body).map(|_| ()))
+            }
+            Self::DeleteImage { tenant, image } => gone(tell!(client, delete_image, named(tenant, image)).map(|_| ())),
+            Self::DeleteNetwork { tenant, network } => {
+                gone(tell!(client, delete_network, named(tenant, network)).map(|_| ()))
+            }
+            Self::DeleteTag { tenant, key } => {
+                let (tenant, key) = (tenant.clone(), key.clone());
+                let body = api::proto::DeleteTagRequest { tenant, key, expected_version: None };
+                gone(tell!(client, delete_tag, body).map(|_| ()))
+            }
+            Self::DeleteTenant(name) => gone(tell!(client, delete_tenant, named("", name)).map(|_| ())),
+        }
+    }
+}
+
+async fn start(cloud: &mut Cloud, name: &str) -> Result<()> {
+    if runs(cloud, name) {
+        return Ok(());
+    }
+    act::start(cloud, name).await?;
+    member::wait_for_voters(cloud).await?;
+    member::wait_for_nodes(cloud).await
+}
+
+/// Whether its controller or agent runs.
+fn runs(cloud: &Cloud, name: &str) -> bool {
+    let controllers = cloud.controllers.iter().map(|controller| (&controller.name, controller.process));
+    let mut all = controllers.chain(cloud.hosts.iter().map(|host| (&host.name, host.agent)));
+    all.any(|(own, process)| own == name && process.is_some_and(|process| process.is_alive()))
+}
+
+fn of_up(cloud: Option<&mut Cloud>) -> Result<&mut Cloud> {
+    cloud.context("only the processes of a cloud of `trefoil up` can be reached")
+}
+
+fn named(tenant: &str, name: &str) -> NamedRef {
+    NamedRef { tenant: tenant.to_owned(), name: name.to_owned(), stale: false }
+}
+
+/// What is not there need not be deleted.
+fn gone(outcome: Result<(), api::error::ApiError>) -> Result<()> {
+    Ok(unless("not-found", outcome)?)
+}
