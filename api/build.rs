@@ -29,6 +29,8 @@ const PRINTED: &[&str] = &[
     "Quota",
     "ReadAt",
     "RecoveryStatus",
+    "Rehearsal",
+    "Rehearsed",
     "Setting",
     "Tag",
     "Template",

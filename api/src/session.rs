@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use model::{
     Assignment, Capacity, HypervisorKind, NodeSummary,
-    command::{BackupReport, ImageReport, VmReport},
+    command::{BackupReport, ImageReport, RehearsalReport, VmReport},
 };
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,7 @@ pub enum FromAgent {
     ImageReports { number: u64, reports: Vec<ImageReport> },
     BackupReports { number: u64, reports: Vec<BackupReport> },
     Summary(NodeSummary),
+    RehearsalReports { number: u64, reports: Vec<RehearsalReport> },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Four looks a second: a person sees it as live, and the controllers do not notice it.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+pub const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 #[derive(Clone, Debug, Args)]
 pub struct WaitArgs {
@@ -33,6 +33,11 @@ pub struct WaitArgs {
 }
 
 impl WaitArgs {
+    /// From now on.
+    pub fn deadline(&self) -> Instant {
+        Instant::now() + self.wait_timeout
+    }
+
     pub fn wanted(&self, context: &Context) -> bool {
         self.wait || (!self.no_wait && context.is_watched())
     }
@@ -54,7 +59,7 @@ pub enum Goal {
 /// `failed` with its reason when it will not come true by itself, `timeout` when it did not in time, or what the
 /// controllers say.
 pub async fn until(context: &Context, vm: &Vm, goal: Goal, args: &WaitArgs) -> Result<Option<Vm>, ApiError> {
-    let give_up = Instant::now() + args.wait_timeout;
+    let give_up = args.deadline();
     let bar = progress_bar();
     // By id: a new machine may take the name of a deleted one.
     let body = GetVmRequest { tenant: context.tenant.clone(), vm: vm.id.clone(), stale: false };
@@ -113,7 +118,7 @@ fn show(bar: &ProgressBar, vm: &Vm) {
     bar.set_message(printable(step).into_owned());
 }
 
-fn progress_bar() -> ProgressBar {
+pub fn progress_bar() -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }

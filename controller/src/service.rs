@@ -18,6 +18,7 @@ mod operator;
 mod page;
 mod quorum;
 mod recovery;
+mod rehearsal;
 mod tag;
 mod vm;
 
@@ -140,6 +141,13 @@ impl Trefoil for Service {
     }
     async fn delete_image(&self, request: Request<proto::NamedRef>) -> Answer<proto::Done> {
         self.do_change("DeleteImage", request, image::delete).await
+    }
+
+    async fn rehearse_backup(&self, request: Request<proto::RehearseBackupRequest>) -> Answer<proto::Image> {
+        answer(self.backup_rehearse(request).await)
+    }
+    async fn end_rehearsal(&self, request: Request<proto::NamedRef>) -> Answer<proto::Image> {
+        answer(self.rehearsal_end(request).await)
     }
 
     async fn set_tag(&self, request: Request<proto::SetTagRequest>) -> Answer<proto::Tag> {

@@ -143,6 +143,9 @@ impl Session {
             FromAgent::BackupReports { number, reports } => {
                 (NodeCommand::ReportBackups { node, incarnation, reports }, Some(number))
             }
+            FromAgent::RehearsalReports { number, reports } => {
+                (NodeCommand::ReportRehearsals { node, incarnation, reports }, Some(number))
+            }
             FromAgent::Summary(summary) => (NodeCommand::Summarise { node, incarnation, summary }, None),
         };
         let committed = self.core.propose(Actor::Node(node), None, Command::Node(command)).await?;

@@ -2,8 +2,8 @@
 
 use api::proto;
 use model::{
-    Capacity, HypervisorKind, Image, ImageFormat, Network, Node, NodeState, Quota, ReplicaState, State, Telemetry,
-    Template, Tenant, Vm, bill::Bill, bill::EXACT_PER_NANO,
+    Capacity, HypervisorKind, Image, ImageFormat, Network, Node, NodeState, Quota, Rehearsal, Rehearsed, ReplicaState,
+    State, Telemetry, Template, Tenant, Vm, bill::Bill, bill::EXACT_PER_NANO,
 };
 
 pub(crate) fn vm(state: &State, ears: &Telemetry, vm: &Vm) -> proto::Vm {
@@ -128,11 +128,34 @@ pub(crate) fn image(state: &State, image: &Image) -> proto::Image {
         backup_of: image.backup.map(|of| of.vm.to_string()).unwrap_or_default(),
         taken_at_millis: image.backup.map_or(0, |of| of.taken_at.0),
         consistency: image.backup.map(|of| of.consistency.to_string()).unwrap_or_default(),
+        rehearsal: image.rehearsal.as_ref().map(|rehearsal| rehearsal_of(state, rehearsal)),
+        rehearsed: image.rehearsed.as_ref().map(rehearsed),
+    }
+}
+
+fn rehearsal_of(state: &State, rehearsal: &Rehearsal) -> proto::Rehearsal {
+    let node = rehearsal.placement.and_then(|placement| state.nodes().get(&placement.node));
+    proto::Rehearsal {
+        node: node.map(|node| node.name.clone()).unwrap_or_default(),
+        deadline_millis: rehearsal.deadline.0,
+        limit_millis: rehearsal.limit_millis,
+        expect: rehearsal.expect.clone(),
+    }
+}
+
+fn rehearsed(rehearsed: &Rehearsed) -> proto::Rehearsed {
+    proto::Rehearsed {
+        verdict: rehearsed.verdict.to_string(),
+        at_millis: rehearsed.at.0,
+        took_millis: rehearsed.took_millis,
+        reason: rehearsed.reason.clone(),
     }
 }
 
 fn backups(state: &State, vm: &Vm) -> proto::VmBackups {
     let safe = state.safe_backup(vm);
+    let tried = state.backups_of(vm.id).filter_map(|image| Some((image.rehearsed.as_ref()?, image)));
+    let tried = tried.max_by_key(|(rehearsed, _)| rehearsed.at);
     let name = |id: model::ImageId| state.images().get(&id).map_or_else(|| id.to_string(), |image| image.name.clone());
     proto::VmBackups {
         every_millis: vm.backups.every_millis,
@@ -144,6 +167,8 @@ fn backups(state: &State, vm: &Vm) -> proto::VmBackups {
         safe_at_millis: safe.and_then(|image| image.backup).map_or(0, |of| of.taken_at.0),
         safe_image: safe.map(|image| image.name.clone()).unwrap_or_default(),
         restored_from: vm.restored_from.map(name).unwrap_or_default(),
+        rehearsed_image: tried.map(|(_, image)| image.name.clone()).unwrap_or_default(),
+        rehearsed: tried.map(|(last, _)| rehearsed(last)),
     }
 }
 

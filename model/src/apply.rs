@@ -19,6 +19,7 @@ mod operator;
 mod placement;
 mod quorum;
 mod recovery;
+mod rehearsal;
 mod report;
 mod tag;
 mod vm;
@@ -92,6 +93,8 @@ impl State {
             C::SetVmRecovery { vm, recovery, priority } => self.set_vm_recovery(m, *vm, *recovery, *priority),
             C::BackUpVm { vm } => self.back_up_vm(m, *vm),
             C::SetVmBackup { vm, every_millis, keep } => self.set_vm_backup(m, *vm, *every_millis, *keep),
+            C::RehearseBackup { image, limit_millis, expect } => self.rehearse_backup(m, *image, *limit_millis, expect),
+            C::EndRehearsal { image } => self.end_rehearsal(m, *image),
             C::RebootVm { vm } => self.reboot_vm(m, *vm),
             C::DeleteVm { vm, force } => self.delete_vm(m, *vm, *force),
             C::CreateNetwork { tenant, name, range } => self.create_network(m, *tenant, name, *range),
@@ -142,6 +145,9 @@ impl State {
             C::ReportVms { node, incarnation, reports } => self.report_vms(m, *node, *incarnation, reports),
             C::ReportImages { node, incarnation, reports } => self.report_images(m, *node, *incarnation, reports),
             C::ReportBackups { node, incarnation, reports } => self.report_backups(m, *node, *incarnation, reports),
+            C::ReportRehearsals { node, incarnation, reports } => {
+                self.report_rehearsals(m, *node, *incarnation, reports)
+            }
             C::Summarise { node, incarnation, summary } => self.summarise_node(m, *node, *incarnation, summary),
         }
     }
@@ -167,6 +173,8 @@ impl State {
             C::DeclareLost { node, incarnation } => self.declare_lost(m, *node, *incarnation),
             C::RecoverVm { vm, epoch } => self.recover_vm(m, *vm, *epoch),
             C::BackUpDueVm { vm } => self.back_up_due_vm(m, *vm),
+            C::PlaceRehearsal { image, node } => self.place_rehearsal(m, *image, *node),
+            C::ExpireRehearsal { image } => self.expire_rehearsal(m, *image),
             C::AddReplica { image, node } => self.add_replica(*image, *node),
         }
     }

@@ -9,8 +9,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capacity, Cidr, Digest, Image, ImageFormat, Mac, NetworkId, Node, NodeId, NodeState, Recovery, ReplicaState,
-    RequestId, State, Vm, VmId, Wanted,
+    Capacity, Cidr, Digest, Image, ImageFormat, ImageId, Mac, NetworkId, Node, NodeId, NodeState, Recovery,
+    ReplicaState, RequestId, State, Vm, VmId, Wanted,
 };
 
 /// Everything that a host should have. The agent refuses one whose generation is lower than one it has seen.
@@ -25,6 +25,8 @@ pub struct Assignment {
     pub networks: Vec<NetworkWish>,
     /// The images that the host keeps as a replica; bases of machines are in `vms`.
     pub images: Vec<ImageWish>,
+    /// Backups that the host boots, apart from everything, to see whether they do.
+    pub rehearsals: Vec<RehearsalWish>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +65,23 @@ pub struct VmWish {
     pub nics: Vec<NicWish>,
     pub ssh_keys: Vec<String>,
     pub user_data: String,
+}
+
+/// A backup to boot: no machine, and in no network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RehearsalWish {
+    pub image: ImageId,
+    /// Log index of the placement.
+    pub epoch: u64,
+    /// The machine that the backup is of.
+    pub vm: VmId,
+    pub request: RequestId,
+    pub size: Capacity,
+    /// How long it may take to come up.
+    pub limit_millis: u64,
+    /// What its console says then; empty: its guest agent or a login prompt tells.
+    pub expect: String,
+    pub base: ImageWish,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,7 +128,8 @@ impl fmt::Display for Assignment {
         write!(f, "{} incarnation {} generation {}", self.node, self.incarnation, self.generation)?;
         self.vms.iter().try_for_each(|vm| write!(f, "\n  {vm}"))?;
         self.networks.iter().try_for_each(|network| write!(f, "\n  {network}"))?;
-        self.images.iter().try_for_each(|image| write!(f, "\n  keep {image}"))
+        self.images.iter().try_for_each(|image| write!(f, "\n  keep {image}"))?;
+        self.rehearsals.iter().try_for_each(|rehearsal| write!(f, "\n  {rehearsal}"))
     }
 }
 
@@ -141,6 +161,12 @@ impl fmt::Display for NetworkWish {
     }
 }
 
+impl fmt::Display for RehearsalWish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rehearse {} epoch {} for {} ms, from {}", self.image, self.epoch, self.limit_millis, self.base)
+    }
+}
+
 impl fmt::Display for ImageWish {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "image {:.8}", self.digest.to_string())?;
@@ -161,6 +187,7 @@ impl State {
             networks: self.network_wishes(node, &vms),
             vms: vms.into_iter().filter_map(|vm| self.vm_wish(node, vm)).collect(),
             images: self.replica_wishes(node),
+            rehearsals: self.rehearsing_on(id).filter_map(|image| self.rehearsal_wish(node, image)).collect(),
         })
     }
 
@@ -192,6 +219,20 @@ impl State {
             nics: vm.nics.iter().filter_map(nic_wish).collect(),
             ssh_keys: vm.ssh_keys.clone(),
             user_data: vm.user_data.clone(),
+        })
+    }
+
+    fn rehearsal_wish(&self, node: &Node, image: &Image) -> Option<RehearsalWish> {
+        let rehearsal = image.rehearsal.as_ref()?;
+        Some(RehearsalWish {
+            image: image.id,
+            epoch: rehearsal.placement?.epoch,
+            vm: image.backup?.vm,
+            request: rehearsal.request,
+            size: rehearsal.size,
+            limit_millis: rehearsal.limit_millis,
+            expect: rehearsal.expect.clone(),
+            base: self.image_wish(node, image),
         })
     }
 

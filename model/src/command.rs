@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Capacity, Cidr, Consistency, ControllerId, Digest, HypervisorKind, ImageFormat, ImageId, JoinRole, NetworkId,
-    NodeId, NodeSummary, Phase, Quota, Recovery, RequestId, Role, TenantId, Timestamp, VmId, Wanted,
+    NodeId, NodeSummary, Phase, Quota, Recovery, RequestId, Role, TenantId, Timestamp, Verdict, VmId, Wanted,
 };
 
 pub use noun::Noun;
@@ -132,6 +132,17 @@ pub enum TenantCommand {
         key: String,
         expected: Option<u64>,
     },
+    /// Boot a backup, apart from everything, to see whether it does. `expect`: what its console says then; empty: its
+    /// guest agent answers, or it asks for a login.
+    RehearseBackup {
+        image: ImageId,
+        limit_millis: u64,
+        expect: String,
+    },
+    /// End a rehearsal that is under way.
+    EndRehearsal {
+        image: ImageId,
+    },
 }
 
 /// What only an operator may ask.
@@ -213,6 +224,8 @@ pub enum NodeCommand {
     ReportBackups { node: NodeId, incarnation: u64, reports: Vec<BackupReport> },
     /// The period summary.
     Summarise { node: NodeId, incarnation: u64, summary: NodeSummary },
+    /// What became of rehearsals.
+    ReportRehearsals { node: NodeId, incarnation: u64, reports: Vec<RehearsalReport> },
 }
 
 /// One machine, as its host found it.
@@ -254,6 +267,17 @@ pub struct BackupMade {
     pub consistency: Consistency,
 }
 
+/// What became of a rehearsal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RehearsalReport {
+    pub image: ImageId,
+    /// The placement under which it was asked for.
+    pub epoch: u64,
+    pub verdict: Verdict,
+    pub took_millis: u64,
+    pub reason: String,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageReport {
     pub digest: Digest,
@@ -292,6 +316,10 @@ pub enum PlannerCommand {
     BackUpDueVm { vm: VmId },
     /// Ask a host to keep a copy of an image.
     AddReplica { image: ImageId, node: NodeId },
+    /// Give a rehearsal to a host; capacity is checked again here.
+    PlaceRehearsal { image: ImageId, node: NodeId },
+    /// Nobody has said in time what became of it.
+    ExpireRehearsal { image: ImageId },
 }
 
 /// One line each, so that a plan can be read.
@@ -316,6 +344,8 @@ impl fmt::Display for PlannerCommand {
             Self::DeclareLost { node, incarnation } => write!(f, "{node} incarnation {incarnation} is lost"),
             Self::RecoverVm { vm, epoch } => write!(f, "recover {vm} from epoch {epoch}"),
             Self::BackUpDueVm { vm } => write!(f, "back up {vm}"),
+            Self::PlaceRehearsal { image, node } => write!(f, "rehearse {image} on {node}"),
+            Self::ExpireRehearsal { image } => write!(f, "give up the rehearsal of {image}"),
             Self::AddReplica { image, node } => write!(f, "copy {image} to {node}"),
         }
     }

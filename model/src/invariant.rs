@@ -68,6 +68,12 @@ fn promises_are_covered(state: &State) -> Result<(), String> {
             *sum = sum.plus(vm.size);
         }
     }
+    for rehearsal in state.images().values().filter_map(|image| image.rehearsal.as_ref()) {
+        if let Some(placement) = rehearsal.placement {
+            let sum = sums.entry(placement.node).or_default();
+            *sum = sum.plus(rehearsal.size);
+        }
+    }
     for (node, sum) in sums {
         if sum != state.reserved(node) {
             return Err(format!("{node} has {sum:?} promised, the index says {:?}", state.reserved(node)));

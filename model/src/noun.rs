@@ -6,8 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Capacity, Cidr, ControllerId, Digest, ImageId, NetworkId, NodeId, TenantId, Timestamp, VmId};
 
+pub use rehearsal::{Rehearsal, Rehearsed, Verdict};
 pub use vm::{Backups, Loss, Nic, Phase, Placement, Recovery, Status, Vm, Wanted};
 
+mod rehearsal;
 mod vm;
 
 /// What the cloud as a whole is called, and the counters that ids are minted from.
@@ -206,6 +208,10 @@ pub struct Image {
     pub replicas: BTreeMap<NodeId, ReplicaState>,
     /// Set on the disk of a machine as it was once.
     pub backup: Option<BackupOf>,
+    /// Of a backup: it is being booted to see whether it does.
+    pub rehearsal: Option<Rehearsal>,
+    /// What the last rehearsal of it came to.
+    pub rehearsed: Option<Rehearsed>,
     pub created_at: Timestamp,
 }
 

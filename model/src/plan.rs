@@ -10,6 +10,8 @@ use crate::{
     setting,
 };
 
+mod rehearsal;
+
 /// What one planner proposes at once: enough to keep the log busy, few enough to re-plan on fresh facts soon.
 const BATCH: usize = 256;
 
@@ -26,7 +28,11 @@ pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command
     let mut commands = silence(state, telemetry);
     commands.extend(recover(state));
     commands.extend(due(state, now));
-    commands.extend(place(state, telemetry));
+    let machines = place(state, telemetry);
+    // Room that this plan gives to machines is not known to be taken yet, and machines come first.
+    let may_place = !machines.iter().any(|command| matches!(command, PlannerCommand::PlaceVm { .. }));
+    commands.extend(machines);
+    commands.extend(rehearsal::rehearse(state, telemetry, now, may_place));
     commands.extend(replicate(state, telemetry, now));
     commands.into_iter().map(Command::Planner).collect()
 }

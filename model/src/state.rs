@@ -343,6 +343,7 @@ impl State {
     }
     fn unindex_image(&mut self, id: ImageId) {
         let Some(row) = self.images.get(&id) else { return };
+        self.index.remove_rehearsal(row);
         self.index.image_by_name.remove(&(row.tenant, row.name.clone()));
         forget(&mut self.index.images_by_digest, row.digest, id);
         for node in row.replicas.keys() {

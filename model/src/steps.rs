@@ -29,12 +29,13 @@ use std::{
 };
 
 use crate::{
-    Assignment, Digest, Phase, Power, Recovery, VmId, VmWish,
-    command::{BackupReport, ImageReport, VmReport},
+    Assignment, Digest, ImageId, Phase, Power, Recovery, VmId, VmWish,
+    command::{BackupReport, ImageReport, RehearsalReport, VmReport},
 };
 
 pub use step::{Step, Subject};
 
+mod rehearsal;
 mod step;
 
 /// A blob that nobody wants is kept this long: an upload is stored before the quorum knows the image, and a base that
@@ -66,6 +67,9 @@ pub struct Observed {
     /// What became of the last backup of each machine, as long as this process remembers it.
     pub backups: BTreeMap<VmId, BackupReport>,
     pub told_backups: BTreeMap<VmId, u32>,
+    /// What became of rehearsals, and of which placement the quorum was told.
+    pub rehearsals: BTreeMap<ImageId, RehearsalReport>,
+    pub told_rehearsals: BTreeMap<ImageId, u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,6 +178,7 @@ pub fn steps(wish: &Assignment, found: &Observed) -> Vec<Step> {
         machine(wish.generation, vm, found, &mut out);
         backup(wish.generation, vm, found, &mut out);
     }
+    rehearsal::rehearsals(wish, found, &mut out);
     leftovers(wish, found, &mut out);
     image_reports(wish, found, &mut out);
     out
@@ -275,7 +280,8 @@ fn fetches(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
         Power::Absent => false,
     });
     let mut asked = BTreeSet::new();
-    for image in wish.images.iter().chain(bases.map(|vm| &vm.image)) {
+    let rehearsed = wish.rehearsals.iter().map(|rehearsal| &rehearsal.base);
+    for image in wish.images.iter().chain(bases.map(|vm| &vm.image)).chain(rehearsed) {
         let missing = !found.images.contains_key(&image.digest) && asked.insert(image.digest);
         if missing && found.may_try(Subject::Image(image.digest), wish.generation) {
             out.push(Step::FetchImage(image.clone()));
@@ -426,7 +432,8 @@ fn leftovers(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
         }
     }
     let bases = wish.vms.iter().map(|vm| vm.image.digest);
-    let kept: BTreeSet<Digest> = wish.images.iter().map(|image| image.digest).chain(bases).collect();
+    let rehearsed = wish.rehearsals.iter().map(|rehearsal| rehearsal.base.digest);
+    let kept: BTreeSet<Digest> = wish.images.iter().map(|image| image.digest).chain(bases).chain(rehearsed).collect();
     for (digest, idle_millis) in &found.images {
         let wanted = kept.contains(digest) || found.pinned_images.contains(digest) || !all_wanted;
         if !wanted && *idle_millis >= IMAGE_IDLE_MILLIS && found.may_try(Subject::Image(*digest), wish.generation) {

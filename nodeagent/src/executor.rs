@@ -29,10 +29,12 @@ use tokio::{
 };
 
 use crate::{clock, host::Host, journal::Journal, outbox::Outbox};
-use act::{Copied, Fault, FaultKind, act};
+use act::{Copied, Done as Outcome, Fault, FaultKind, act};
+use rehearsal::Rehearsals;
 
 mod act;
 mod observe;
+mod rehearsal;
 
 /// A look without a cause: what changed on the host by itself is found at the latest then.
 const LOOK_PERIOD: Duration = Duration::from_secs(5);
@@ -42,6 +44,8 @@ const BUSY_LOOK_PERIOD: Duration = Duration::from_secs(1);
 const MOST_BUSY: usize = 16;
 /// Of which image transfers: each uses the network and the disk to the full.
 const MOST_FETCHES: usize = 3;
+/// Rehearsals: each is a guest that boots, beside those that are paid for.
+const MOST_REHEARSALS: usize = 2;
 /// Pause after the first failure; it doubles with each one that follows.
 const FIRST_PAUSE_MILLIS: u64 = 1_000;
 const LONGEST_PAUSE_MILLIS: u64 = 60_000;
@@ -62,6 +66,7 @@ pub struct Executor {
     /// What became of backups, and when each disk was as it is in its copy.
     backups: BTreeMap<VmId, (BackupReport, u64)>,
     told_backups: BTreeMap<VmId, u32>,
+    rehearsals: Rehearsals,
     assignment: Option<Arc<Assignment>>,
     busy: BTreeMap<Subject, Step>,
     done_sender: mpsc::UnboundedSender<Done>,
@@ -72,7 +77,7 @@ pub struct Executor {
 
 struct Done {
     step: Step,
-    result: Result<Option<Copied>, Fault>,
+    result: Result<Outcome, Fault>,
 }
 
 impl Executor {
@@ -89,6 +94,7 @@ impl Executor {
             told_images: BTreeMap::new(),
             backups: BTreeMap::new(),
             told_backups: BTreeMap::new(),
+            rehearsals: Rehearsals::default(),
             assignment: None,
             busy: BTreeMap::new(),
             done_sender,
@@ -137,6 +143,7 @@ impl Executor {
         self.told.retain(|_, told| told.report.phase == Phase::Failed);
         self.told_images.clear();
         self.told_backups.clear();
+        self.rehearsals.forget_told();
     }
 
     fn obey(&mut self, new: Arc<Assignment>) -> io::Result<()> {
@@ -174,6 +181,7 @@ impl Executor {
             Seen { generation: new.generation, epochs: new.vms.iter().map(|wish| (wish.vm, wish.epoch)).collect() };
         self.save()?;
         self.host.leases.assigned(&new);
+        self.rehearsals.keep_wished(&new);
         Ok(())
     }
 
@@ -230,6 +238,7 @@ impl Executor {
         found.told = self.told.clone();
         found.told_images = self.told_images.clone();
         found.told_backups = self.told_backups.clone();
+        self.rehearsals.lend(found);
         found.backups = self.backups.iter().map(|(vm, (made, at))| (*vm, aged(made, found.now_millis - at))).collect();
     }
 
@@ -295,8 +304,10 @@ impl Executor {
                 chosen.push(step);
                 continue;
             };
-            let fetches = self.busy.values().filter(|step| matches!(step, Step::FetchImage(_))).count();
-            let too_many = matches!(step, Step::FetchImage(_)) && fetches >= MOST_FETCHES;
+            let busy_like =
+                |like: fn(&Step) -> bool| like(&step).then(|| self.busy.values().filter(|b| like(b)).count());
+            let too_many = busy_like(|step| matches!(step, Step::FetchImage(_))) >= Some(MOST_FETCHES)
+                || busy_like(|step| matches!(step, Step::Rehearse { .. })) >= Some(MOST_REHEARSALS);
             if self.busy.contains_key(&subject) || self.busy.len() >= MOST_BUSY || too_many {
                 continue;
             }
@@ -316,10 +327,15 @@ impl Executor {
                 Step::Report(report) => self.outbox.vm(report),
                 Step::ReportImage(report) => self.outbox.image(report),
                 Step::ReportBackup(report) => self.outbox.backup(report),
+                Step::ReportRehearsal(report) => self.outbox.rehearsal(report),
                 step => {
+                    let job = match step {
+                        Step::Rehearse { image, epoch } => self.rehearsals.begin(assignment, image, epoch),
+                        _ => None,
+                    };
                     let (host, assignment, done) = (self.host.clone(), assignment.clone(), self.done_sender.clone());
                     tokio::spawn(async move {
-                        let result = act(host, assignment, step.clone()).await;
+                        let result = act(host, assignment, step.clone(), job).await;
                         // Nobody listens when the agent is stopping.
                         let _ = done.send(Done { step, result });
                     });
@@ -341,6 +357,7 @@ impl Executor {
             }
             Step::ReportImage(report) => drop(self.told_images.insert(report.digest, report.good)),
             Step::ReportBackup(report) => drop(self.told_backups.insert(report.vm, report.number)),
+            Step::ReportRehearsal(report) => self.rehearsals.note_told(report),
             _ => {}
         }
     }
@@ -368,11 +385,21 @@ impl Executor {
     fn finish(&mut self, Done { step, result }: Done) -> io::Result<()> {
         let Some(subject) = step.subject() else { return Ok(()) };
         self.busy.remove(&subject);
-        if let Step::BackUp { vm, number } = step
-            && !result.as_ref().is_err_and(|fault| fault.kind == FaultKind::NotNow)
-        {
-            self.note_backup(vm, number, result);
-            return Ok(());
+        let not_now = result.as_ref().is_err_and(|fault| fault.kind == FaultKind::NotNow);
+        match step {
+            Step::BackUp { vm, number } if !not_now => {
+                self.note_backup(vm, number, result);
+                return Ok(());
+            }
+            Step::Rehearse { image, epoch } if !not_now => {
+                self.rehearsals.finish(image, epoch, result.and_then(Outcome::rehearsed));
+                self.failures.remove(&subject);
+                // It may have been given up while it ran.
+                self.assignment.iter().for_each(|wish| self.rehearsals.keep_wished(wish));
+                return Ok(());
+            }
+            Step::Rehearse { image, .. } => self.rehearsals.put_off(image),
+            _ => {}
         }
         match result {
             Ok(_) => self.note_success(subject, &step),
@@ -392,12 +419,11 @@ impl Executor {
     }
 
     /// Made or not, it is told once: whether to try again is for whoever asked for it.
-    fn note_backup(&mut self, vm: VmId, number: u32, result: Result<Option<Copied>, Fault>) {
+    fn note_backup(&mut self, vm: VmId, number: u32, result: Result<Outcome, Fault>) {
         let wish = self.assignment.iter().flat_map(|assignment| &assignment.vms).find(|wish| wish.vm == vm);
         let Some(epoch) = wish.map(|wish| wish.epoch) else { return };
-        let (outcome, at) = match result {
-            Ok(Some(Copied { made, at_millis })) => (Ok(made), at_millis),
-            Ok(None) => (Err("the agent has a mistake in it: a backup without bytes".into()), 0),
+        let (outcome, at) = match result.and_then(Outcome::copied) {
+            Ok(Copied { made, at_millis }) => (Ok(made), at_millis),
             Err(fault) => {
                 tracing::warn!(%vm, number, reason = fault.reason, "a backup failed");
                 (Err(fault.reason), 0)

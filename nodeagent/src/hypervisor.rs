@@ -10,6 +10,7 @@ use model::{Capacity, Consistency, HypervisorKind, ImageFormat, Mac, NetworkId, 
 use crate::lease::Permit;
 use job::Job;
 use migration::{Destination, Route};
+use rehearsal::{Rehearsal, Rehearsed};
 
 pub mod contract;
 pub mod domain_xml;
@@ -21,6 +22,7 @@ pub mod migration;
 pub mod moved_xml;
 pub mod qemu_process;
 pub mod quarantine;
+pub mod rehearsal;
 pub mod seed;
 pub mod simulated;
 
@@ -165,6 +167,9 @@ pub trait Hypervisor: Send + Sync {
     /// guest agent answers. Off, it is copied as it lies there. Whatever an earlier backup left that was cut short is
     /// cleared away first. Refused while it arrives.
     fn back_up(&self, vm: VmId, job: &Job) -> Result<Backup>;
+    /// Boot a copy of a disk apart from everything, watch it until it is known whether it comes up, and leave nothing of
+    /// it, whatever came of it. It is no guest: `guests` does not tell of it. An error says nothing about the disk.
+    fn rehearse(&self, rehearsal: &Rehearsal, job: &Job) -> Result<Rehearsed>;
     /// On the destination: make what a guest needs that will arrive under `spec`'s placement. Its base must be here.
     /// What an earlier attempt at the same placement left is made anew, unless it has arrived.
     fn prepare_migration(&self, spec: &GuestSpec) -> Result<Destination>;

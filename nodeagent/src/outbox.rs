@@ -11,8 +11,8 @@ use std::{
 
 use api::session::FromAgent;
 use model::{
-    Digest, NodeSummary, VmId,
-    command::{BackupReport, ImageReport, VmReport},
+    Digest, ImageId, NodeSummary, VmId,
+    command::{BackupReport, ImageReport, RehearsalReport, VmReport},
 };
 use tokio::sync::Notify;
 
@@ -32,6 +32,7 @@ struct Waiting {
     vms: BTreeMap<VmId, Letter<VmReport>>,
     images: BTreeMap<Digest, Letter<ImageReport>>,
     backups: BTreeMap<VmId, Letter<BackupReport>>,
+    rehearsals: BTreeMap<ImageId, Letter<RehearsalReport>>,
     summaries: VecDeque<NodeSummary>,
     /// The number of the last frame; rises over all sessions of this process.
     number: u64,
@@ -59,6 +60,11 @@ impl Outbox {
         self.news.notify_one();
     }
 
+    pub fn rehearsal(&self, report: RehearsalReport) {
+        self.waiting().rehearsals.insert(report.image, Letter { report, sent: None });
+        self.news.notify_one();
+    }
+
     pub fn summary(&self, summary: NodeSummary) {
         let mut waiting = self.waiting();
         if waiting.summaries.len() == WAITING_SUMMARIES {
@@ -75,6 +81,7 @@ impl Outbox {
         waiting.vms.values_mut().for_each(|letter| letter.sent = None);
         waiting.images.values_mut().for_each(|letter| letter.sent = None);
         waiting.backups.values_mut().for_each(|letter| letter.sent = None);
+        waiting.rehearsals.values_mut().for_each(|letter| letter.sent = None);
         drop(waiting);
         self.news.notify_one();
     }
@@ -96,12 +103,13 @@ impl Outbox {
         waiting.vms.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
         waiting.images.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
         waiting.backups.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
+        waiting.rehearsals.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
     }
 
     pub fn is_empty(&self) -> bool {
         let waiting = self.waiting();
         let told = waiting.vms.is_empty() && waiting.images.is_empty() && waiting.backups.is_empty();
-        told && waiting.summaries.is_empty()
+        told && waiting.rehearsals.is_empty() && waiting.summaries.is_empty()
     }
 
     fn take(&self) -> Option<FromAgent> {
@@ -121,6 +129,11 @@ impl Outbox {
         if !reports.is_empty() {
             waiting.number = number;
             return Some(FromAgent::BackupReports { number, reports });
+        }
+        let reports: Vec<RehearsalReport> = unsent(waiting.rehearsals.values_mut(), number);
+        if !reports.is_empty() {
+            waiting.number = number;
+            return Some(FromAgent::RehearsalReports { number, reports });
         }
         waiting.summaries.pop_front().map(FromAgent::Summary)
     }

@@ -165,8 +165,9 @@ impl Host {
             Step::EnsureNetwork(wish) => drop(self.networks.insert(wish.vni)),
             Step::RemoveNetwork(vni) => drop(self.networks.remove(vni)),
             Step::MakeDisk(_) | Step::CheckDisk(_) => {}
-            // Nobody asks for backups here, and reports never come this far.
+            // Nobody asks for backups or rehearsals here, and reports never come this far.
             Step::BackUp { .. } | Step::Report(_) | Step::ReportImage(_) | Step::ReportBackup(_) => {}
+            Step::Rehearse { .. } | Step::ReportRehearsal(_) => {}
             Step::Start { vm, .. } => {
                 let wish = operation.assignment.vms.iter().find(|wish| wish.vm == *vm).ok_or(())?;
                 let guest = Guest {

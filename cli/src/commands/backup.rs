@@ -5,17 +5,18 @@ use std::time::Duration;
 
 use api::{
     error::ApiError,
-    proto::{CreateVmRequest, GetVmRequest, Image, SetVmBackupRequest, VmRef},
+    proto::{CreateVmRequest, GetVmRequest, Image, RehearseBackupRequest, Rehearsed, SetVmBackupRequest, VmRef},
 };
 use clap::Subcommand;
+use tokio::time::{Instant, sleep};
 
 use super::vm::follow;
 use crate::{
     context::{Context, all_pages, change, read},
     moment::moment_text,
-    output::{self, Rows},
-    quantity::{duration, size_text},
-    wait::{Goal, WaitArgs, until},
+    output::{self, Rows, printable},
+    quantity::{duration, duration_text, size_text},
+    wait::{Goal, LOOK_EVERY, WaitArgs, progress_bar, until},
 };
 
 #[derive(Debug, Subcommand)]
@@ -48,6 +49,28 @@ pub enum BackupCommand {
         /// Network that it is in
         #[arg(long)]
         network: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Boots a backup apart from everything, to see whether it does, and removes what it made
+    ///
+    /// The guest is in no network and costs nothing. It has come up when its guest agent answers, or its console asks for
+    /// a login, or says what --expect names. A guest of which nothing of the kind is seen in time is 'unknown'.
+    #[command(
+        after_help = "Examples:\n  trefoil backup rehearse web\n  trefoil backup rehearse backup-vm-3-12 --expect 'database is up' --within 10m\n  trefoil backup rehearse web --abort"
+    )]
+    Rehearse {
+        /// The backup, or the machine whose newest one is meant
+        backup: String,
+        /// How long it may take to come up, 10s to 1h
+        #[arg(long, value_name = "TIME", value_parser = duration, default_value = "5m")]
+        within: Duration,
+        /// What its console says when it has come up
+        #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+        expect: String,
+        /// End the one that is under way
+        #[arg(long, conflicts_with_all = ["within", "expect"])]
+        abort: bool,
         #[command(flatten)]
         wait: WaitArgs,
     },
@@ -89,6 +112,17 @@ pub async fn run(command: BackupCommand, context: &Context) -> Result<(), ApiErr
             };
             context.print(&vm, || format!("{} '{}' {}", vm.id, vm.name, vm.status))
         }
+        BackupCommand::Rehearse { backup, abort: true, .. } => {
+            let image = change!(context, end_rehearsal, context.named(backup))?;
+            context.print(&image, || format!("the rehearsal of {} is ended", image.name))
+        }
+        BackupCommand::Rehearse { backup, within, expect, abort: false, wait } => {
+            let limit_millis = u64::try_from(within.as_millis()).unwrap_or(u64::MAX);
+            let body = RehearseBackupRequest { tenant, name: backup, limit_millis, expect };
+            let image = change!(context, rehearse_backup, body)?;
+            let image = if wait.wanted(context) { rehearsed(image, &wait, context).await? } else { image };
+            context.print(&image, || format!("{}: {}", image.name, rehearsal(&image)))
+        }
         BackupCommand::Schedule { vm, every, keep, off: _ } => {
             let every_millis = every.map_or(0, |every| u64::try_from(every.as_millis()).unwrap_or(u64::MAX));
             let vm = change!(context, set_vm_backup, SetVmBackupRequest { tenant, vm, every_millis, keep })?;
@@ -101,6 +135,59 @@ pub async fn run(command: BackupCommand, context: &Context) -> Result<(), ApiErr
             })
         }
     }
+}
+
+/// Waits for the verdict.
+///
+/// # Errors
+/// `failed` when it does not boot, `inconclusive` when that is not known, `timeout` when it is still under way.
+async fn rehearsed(begun: Image, wait: &WaitArgs, context: &Context) -> Result<Image, ApiError> {
+    let give_up = wait.deadline();
+    let bar = progress_bar();
+    loop {
+        let image = read!(context, get_image, context.named(begun.id.clone()))?;
+        bar.set_prefix(printable(&image.name).into_owned());
+        bar.set_message(printable(&rehearsal(&image)).into_owned());
+        if image.rehearsal.is_none() {
+            bar.finish_and_clear();
+            return verdict(&begun, image);
+        }
+        if Instant::now() >= give_up {
+            bar.finish_and_clear();
+            return Err(ApiError::timeout(format!("{}: {}", image.name, rehearsal(&image))));
+        }
+        sleep(LOOK_EVERY).await;
+    }
+}
+
+fn verdict(begun: &Image, image: Image) -> Result<Image, ApiError> {
+    let told = image.rehearsed.as_ref().filter(|_| image.rehearsed != begun.rehearsed);
+    let Some(told) = told else {
+        return Err(ApiError::new("inconclusive", format!("the rehearsal of {} was ended", image.name)));
+    };
+    let code = match told.verdict.as_str() {
+        "ok" => return Ok(image),
+        "failed" => "failed",
+        _ => "inconclusive",
+    };
+    Err(ApiError::new(code, format!("{}: {}", image.name, rehearsal(&image))))
+}
+
+/// What is known of whether it boots.
+fn rehearsal(image: &Image) -> String {
+    match (&image.rehearsal, &image.rehearsed) {
+        (Some(rehearsal), _) if rehearsal.node.is_empty() => "waits for a node".into(),
+        (Some(rehearsal), _) => format!("under way on {}", rehearsal.node),
+        (None, Some(last)) => outcome(last),
+        (None, None) => "never".into(),
+    }
+}
+
+/// `ok at 2026-11-22 21:00:00 after 12s: its guest agent answered`.
+pub(super) fn outcome(last: &Rehearsed) -> String {
+    let took =
+        if last.took_millis == 0 { String::new() } else { format!(" after {}", duration_text(last.took_millis)) };
+    format!("{} at {}{took}: {}", last.verdict, moment_text(last.at_millis), last.reason)
 }
 
 async fn list(vm: Option<String>, context: &Context) -> Result<(), ApiError> {
@@ -133,9 +220,11 @@ fn table(images: &[Image]) -> Rows {
             size_text(image.size_bytes),
             format!("{}/{}", image.replicas.len(), image.wanted_replicas),
             image.replicas.join(" "),
+            rehearsal(image),
         ]
     };
-    Rows::new(&["BACKUP", "OF", "TAKEN AT", "CONSISTENCY", ">SIZE", ">COPIES", "NODES"], images.iter().map(row))
+    let header = &["BACKUP", "OF", "TAKEN AT", "CONSISTENCY", ">SIZE", ">COPIES", "NODES", "REHEARSED"];
+    Rows::new(header, images.iter().map(row))
 }
 
 #[cfg(test)]
@@ -155,5 +244,29 @@ mod tests {
         };
         let text = table(&[image]).render(None);
         assert!(text.contains("backup-vm-3-12") && text.contains("vm-3") && text.contains("1/2"), "{text}");
+        assert!(text.contains("never"), "{text}");
+    }
+
+    #[test]
+    fn a_verdict_is_told_and_an_older_one_is_not_taken_for_it() {
+        let told = |verdict: &str, at_millis| {
+            let reason = "its guest agent answered".into();
+            Some(Rehearsed { verdict: verdict.into(), at_millis, took_millis: 12_000, reason })
+        };
+        let image = |rehearsed| Image { name: "backup-vm-3-12".into(), rehearsed, ..Image::default() };
+        let begun = image(told("ok", 1000));
+        assert_eq!(verdict(&begun, image(told("ok", 2000))), Ok(image(told("ok", 2000))));
+        let code = |rehearsed| verdict(&begun, image(rehearsed)).unwrap_err().code;
+        assert_eq!(code(told("failed", 2000)), "failed");
+        assert_eq!(code(told("unknown", 2000)), "inconclusive");
+        assert_eq!(code(told("ok", 1000)), "inconclusive", "somebody ended it");
+        let text = rehearsal(&begun);
+        assert!(
+            text.starts_with("ok at 1970-01-01") && text.ends_with(" after 12s: its guest agent answered"),
+            "{text}"
+        );
+        let under_way = |node: &str| Some(api::proto::Rehearsal { node: node.into(), ..Default::default() });
+        assert_eq!(rehearsal(&Image { rehearsal: under_way("h2"), ..begun.clone() }), "under way on h2");
+        assert_eq!(rehearsal(&Image { rehearsal: under_way(""), ..begun.clone() }), "waits for a node");
     }
 }

@@ -17,6 +17,7 @@ use api::{
 use clap::{Args, Subcommand};
 use serde_json::json;
 
+use super::backup::outcome;
 use crate::{
     context::{Context, PAGE, all_pages, change, read},
     moment::moment_text,
@@ -325,6 +326,7 @@ fn describe(vm: &Vm) -> String {
             ("template", vm.template.clone()),
             ("data loss window", data_loss_window(vm)),
             ("backups", schedule(vm)),
+            ("last rehearsed", rehearsed(vm)),
             ("recovery", recovery.unwrap_or_default()),
             ("last recovery", loss.unwrap_or_default()),
             ("vcpus", vm.vcpus.to_string()),
@@ -347,6 +349,14 @@ fn data_loss_window(vm: &Vm) -> String {
             format!("since {}, by {}", moment_text(backups.safe_at_millis), backups.safe_image)
         }
         Some(_) => "everything: no backup of it is on another node".into(),
+    }
+}
+
+/// A backup is verified when it is whole; whether a machine comes up from it is another question.
+fn rehearsed(vm: &Vm) -> String {
+    match vm.backups.as_ref().and_then(|backups| Some((backups, backups.rehearsed.as_ref()?))) {
+        Some((backups, last)) => format!("{}, {}", backups.rehearsed_image, outcome(last)),
+        None => String::new(),
     }
 }
 

@@ -50,7 +50,7 @@ impl Service {
         self.image_shown(index, reply).await
     }
 
-    async fn image_shown(&self, index: u64, reply: Reply) -> Result<proto::Image, ApiError> {
+    pub(super) async fn image_shown(&self, index: u64, reply: Reply) -> Result<proto::Image, ApiError> {
         let Reply::Image(id) = reply else {
             return Err(ApiError::internal(format!("an image's command replied {reply:?}")));
         };

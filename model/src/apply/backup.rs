@@ -104,6 +104,8 @@ impl State {
             wanted_replicas: u32::try_from(self.setting(setting::IMAGE_REPLICAS)).unwrap_or(1),
             replicas: BTreeMap::from([(node, ReplicaState::Good)]),
             backup: Some(BackupOf { vm: vm.id, taken_at, consistency: made.consistency }),
+            rehearsal: None,
+            rehearsed: None,
             created_at: m.now,
         };
         if self.image_named(vm.tenant, &image.name).is_some() {
@@ -125,13 +127,15 @@ impl State {
         }
     }
 
-    /// The oldest of a machine's safe backups beyond those that it keeps, without those that a machine is made from.
+    /// The oldest of a machine's safe backups beyond those that it keeps, without those that a machine is made from or
+    /// that are being rehearsed.
     fn superfluous_backups(&self, id: VmId) -> Vec<ImageId> {
         let Some(vm) = self.vms.get(&id).filter(|vm| vm.backups.keep > 0) else { return Vec::new() };
         let safe: Vec<ImageId> =
             self.backups_of(id).filter(|image| self.is_safe(image, vm)).map(|image| image.id).collect();
         let beyond = safe.len().saturating_sub(vm.backups.keep as usize);
-        safe.into_iter().take(beyond).filter(|image| self.vms_of_image(*image) == 0).collect()
+        let free = |image: &ImageId| self.vms_of_image(*image) == 0 && !self.index.rehearsing.contains(image);
+        safe.into_iter().take(beyond).filter(free).collect()
     }
 
     /// Oldest first.

@@ -54,6 +54,8 @@ impl State {
             wanted_replicas,
             replicas,
             backup: None,
+            rehearsal: None,
+            rehearsed: None,
             created_at: m.now,
         };
         self.meter_image(m.now, &image);
@@ -85,6 +87,9 @@ impl State {
         let machines = self.vms_of_image(id);
         if machines > 0 {
             return Err(check::in_use(Noun::Image, &image.name, format!("{machines} machines are made from it")));
+        }
+        if image.rehearsal.is_some() {
+            return Err(check::in_use(Noun::Image, &image.name, "a rehearsal of it is under way".into()));
         }
         let nodes: Vec<_> = image.replicas.keys().copied().collect();
         self.stop_meter(m.now, Resource::Image(id));

@@ -132,6 +132,7 @@ impl State {
             self.meter_vm(m.now, &vm);
             self.put_vm(vm);
         }
+        self.leave_rehearsals(id);
         let images: Vec<_> = self.index.images_by_node.get(&id).into_iter().flatten().copied().collect();
         for image in images {
             let Some(mut image) = self.images.get(&image).cloned() else { continue };

@@ -28,6 +28,9 @@ pub struct Index {
     pub(crate) vms_by_node: BTreeMap<NodeId, BTreeSet<VmId>>,
     pub(crate) vms_by_image: BTreeMap<ImageId, BTreeSet<VmId>>,
     pub(crate) backups_by_vm: BTreeMap<VmId, BTreeSet<ImageId>>,
+    /// The backups that are being rehearsed; those that have a host, by host.
+    pub(crate) rehearsing: BTreeSet<ImageId>,
+    pub(crate) rehearsing_by_node: BTreeMap<NodeId, BTreeSet<ImageId>>,
     pub(crate) addresses: BTreeMap<NetworkId, BTreeMap<u32, VmId>>,
     /// How many machines of a network are on each node.
     pub(crate) network_nodes: BTreeMap<NetworkId, BTreeMap<NodeId, u32>>,
@@ -103,6 +106,21 @@ impl Index {
             self.thin_images.insert(row.id);
         }
         self.usage.entry(row.tenant).or_default().image_bytes += row.size_bytes;
+        let Some(rehearsal) = &row.rehearsal else { return };
+        self.rehearsing.insert(row.id);
+        if let Some(placement) = rehearsal.placement {
+            self.rehearsing_by_node.entry(placement.node).or_default().insert(row.id);
+            let reserved = self.reserved.entry(placement.node).or_default();
+            *reserved = reserved.plus(rehearsal.size);
+        }
+    }
+    pub(super) fn remove_rehearsal(&mut self, row: &Image) {
+        let Some(rehearsal) = &row.rehearsal else { return };
+        self.rehearsing.remove(&row.id);
+        if let Some(placement) = rehearsal.placement {
+            forget(&mut self.rehearsing_by_node, placement.node, row.id);
+            self.release(placement.node, rehearsal.size);
+        }
     }
     pub(super) fn add_tag(&mut self, tenant: TenantId) {
         self.usage.entry(tenant).or_default().tags += 1;
@@ -168,12 +186,7 @@ impl Index {
     }
     pub(super) fn leave_node(&mut self, vm: &Vm, node: NodeId) {
         forget(&mut self.vms_by_node, node, vm.id);
-        if let Some(reserved) = self.reserved.get_mut(&node) {
-            *reserved = reserved.minus(vm.size);
-            if *reserved == Capacity::default() && !self.vms_by_node.contains_key(&node) {
-                self.reserved.remove(&node);
-            }
-        }
+        self.release(node, vm.size);
         for nic in &vm.nics {
             let Some(nodes) = self.network_nodes.get_mut(&nic.network) else { continue };
             if let Some(count) = nodes.get_mut(&node) {
@@ -185,6 +198,14 @@ impl Index {
             if nodes.is_empty() {
                 self.network_nodes.remove(&nic.network);
             }
+        }
+    }
+    fn release(&mut self, node: NodeId, size: Capacity) {
+        let Some(reserved) = self.reserved.get_mut(&node) else { return };
+        *reserved = reserved.minus(size);
+        let used = self.vms_by_node.contains_key(&node) || self.rehearsing_by_node.contains_key(&node);
+        if *reserved == Capacity::default() && !used {
+            self.reserved.remove(&node);
         }
     }
     pub(super) fn settle_usage(&mut self, tenant: TenantId) {

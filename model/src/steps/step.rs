@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::{
-    Digest, ImageWish, NetworkWish, VmId,
-    command::{BackupReport, ImageReport, VmReport},
+    Digest, ImageId, ImageWish, NetworkWish, VmId,
+    command::{BackupReport, ImageReport, RehearsalReport, VmReport},
 };
 
 /// One thing to do. Each prints as one line.
@@ -53,6 +53,13 @@ pub enum Step {
     },
     /// Tell the quorum what became of a backup.
     ReportBackup(BackupReport),
+    /// Boot a backup, apart from everything, see whether it does, and leave nothing of it.
+    Rehearse {
+        image: ImageId,
+        epoch: u64,
+    },
+    /// Tell the quorum what became of a rehearsal.
+    ReportRehearsal(RehearsalReport),
     /// Tell the quorum what became of a machine.
     Report(VmReport),
     /// Tell the quorum what became of a replica.
@@ -78,7 +85,8 @@ impl Step {
             | Self::Remove(vm)
             | Self::Quarantine { vm, .. } => Some(Subject::Vm(*vm)),
             Self::BackUp { vm, .. } => Some(Subject::Backup(*vm)),
-            Self::Report(_) | Self::ReportImage(_) | Self::ReportBackup(_) => None,
+            Self::Rehearse { image, .. } => Some(Subject::Rehearsal(*image)),
+            Self::Report(_) | Self::ReportImage(_) | Self::ReportBackup(_) | Self::ReportRehearsal(_) => None,
         }
     }
 }
@@ -106,6 +114,10 @@ impl fmt::Display for Step {
                 Ok(made) => write!(f, "report backup {} of {}: {}", report.number, report.vm, made.digest),
                 Err(reason) => write!(f, "report backup {} of {} failed: {reason}", report.number, report.vm),
             },
+            Self::Rehearse { image, epoch } => write!(f, "rehearse {image} epoch {epoch}"),
+            Self::ReportRehearsal(report) => {
+                write!(f, "report rehearsal of {}: {}: {}", report.image, report.verdict, report.reason)
+            }
             Self::Report(report) => {
                 write!(
                     f,
@@ -128,4 +140,5 @@ pub enum Subject {
     Image(Digest),
     /// Apart from the machine itself: what its owner wants of it does not wait for a copy of its disk.
     Backup(VmId),
+    Rehearsal(ImageId),
 }

@@ -40,7 +40,8 @@ fn network(vni: u32) -> NetworkWish {
 
 fn wish(vms: Vec<VmWish>) -> Assignment {
     let networks = if vms.is_empty() { vec![] } else { vec![network(100)] };
-    Assignment { cluster: "c".into(), node: NodeId(1), incarnation: 1, generation: 5, vms, networks, images: vec![] }
+    let (cluster, node, images, rehearsals) = ("c".into(), NodeId(1), vec![], vec![]);
+    Assignment { cluster, node, incarnation: 1, generation: 5, vms, networks, images, rehearsals }
 }
 
 /// A host on which image and network are there.
@@ -403,6 +404,7 @@ impl World {
                 found.backups.insert(vm, BackupReport { vm, epoch, number: *number, outcome });
             }
             Step::ReportBackup(report) => drop(found.told_backups.insert(report.vm, report.number)),
+            Step::Rehearse { .. } | Step::ReportRehearsal(_) => unreachable!("no rehearsal is wished here"),
         }
     }
 

@@ -1,7 +1,7 @@
 //! One entry for each command, in an order in which a cloud accepts them, and the state that follows.
 
 use model::{
-    command::{BackupMade, BackupReport, ImageReport, VmReport},
+    command::{BackupMade, BackupReport, ImageReport, RehearsalReport, VmReport},
     *,
 };
 
@@ -15,6 +15,8 @@ pub fn name(command: &Command) -> &'static str {
         Command::Tenant(T::SetVmRecovery { .. }) => "tenant.set-vm-recovery",
         Command::Tenant(T::BackUpVm { .. }) => "tenant.back-up-vm",
         Command::Tenant(T::SetVmBackup { .. }) => "tenant.set-vm-backup",
+        Command::Tenant(T::RehearseBackup { .. }) => "tenant.rehearse-backup",
+        Command::Tenant(T::EndRehearsal { .. }) => "tenant.end-rehearsal",
         Command::Tenant(T::SetVmPower { .. }) => "tenant.set-vm-power",
         Command::Tenant(T::RebootVm { .. }) => "tenant.reboot-vm",
         Command::Tenant(T::DeleteVm { .. }) => "tenant.delete-vm",
@@ -42,6 +44,7 @@ pub fn name(command: &Command) -> &'static str {
         Command::Node(N::ReportVms { .. }) => "node.report-vms",
         Command::Node(N::ReportImages { .. }) => "node.report-images",
         Command::Node(N::ReportBackups { .. }) => "node.report-backups",
+        Command::Node(N::ReportRehearsals { .. }) => "node.report-rehearsals",
         Command::Node(N::Summarise { .. }) => "node.summarise",
         Command::Planner(P::Found { .. }) => "planner.found",
         Command::Planner(P::JoinController { .. }) => "planner.join-controller",
@@ -56,6 +59,8 @@ pub fn name(command: &Command) -> &'static str {
         Command::Planner(P::DeclareLost { .. }) => "planner.declare-lost",
         Command::Planner(P::RecoverVm { .. }) => "planner.recover-vm",
         Command::Planner(P::BackUpDueVm { .. }) => "planner.back-up-due-vm",
+        Command::Planner(P::PlaceRehearsal { .. }) => "planner.place-rehearsal",
+        Command::Planner(P::ExpireRehearsal { .. }) => "planner.expire-rehearsal",
         Command::Planner(P::AddReplica { .. }) => "planner.add-replica",
     }
 }
@@ -189,6 +194,8 @@ fn end() -> Vec<Command> {
         consistency: Consistency::Frozen,
     });
     let made = BackupReport { vm, epoch: 19, number: 1, outcome };
+    let (image, verdict, reason) = (ImageId(2), Verdict::Booted, "its guest agent answered".into());
+    let rehearsed = RehearsalReport { image, epoch: 40, verdict, took_millis: 12_000, reason };
     vec![
         node(NodeCommand::ReportImages { node: node_id, incarnation: 1, reports }),
         Command::Planner(PlannerCommand::AddReplica { image: ImageId(1), node: NodeId(2) }),
@@ -204,6 +211,11 @@ fn end() -> Vec<Command> {
             incarnation: 1,
             reports: vec![made.clone(), BackupReport { outcome: Err("no room".into()), ..made }],
         }),
+        tenant_asks(TenantCommand::RehearseBackup { image: ImageId(2), limit_millis: 60_000, expect: "up".into() }),
+        Command::Planner(PlannerCommand::PlaceRehearsal { image: ImageId(2), node: node_id }),
+        Command::Planner(PlannerCommand::ExpireRehearsal { image: ImageId(2) }),
+        node(NodeCommand::ReportRehearsals { node: node_id, incarnation: 1, reports: vec![rehearsed] }),
+        tenant_asks(TenantCommand::EndRehearsal { image: ImageId(2) }),
         tenant_asks(TenantCommand::SetVmRecovery { vm, recovery: Recovery::RestartInPlace, priority: 1 }),
         operator(OperatorCommand::ArmRecovery { armed: false }),
         operator(OperatorCommand::MaintainNode { node: node_id, maintenance: true }),

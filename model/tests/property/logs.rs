@@ -4,10 +4,12 @@
 use std::collections::VecDeque;
 
 use model::{
-    command::{BackupMade, BackupReport, ImageReport, VmReport},
+    command::{BackupMade, BackupReport, ImageReport, RehearsalReport, VmReport},
     *,
 };
 use proptest::prelude::*;
+
+use crate::world::rehearsal_report;
 
 /// Eight numbers that decide one entry; a smaller one means a simpler entry, so that a failing log shrinks well.
 pub type Dice = [u16; 8];
@@ -192,6 +194,7 @@ impl Source {
             6..=7 => Wanted::Stopped,
             8 => Wanted::Deleted,
             10 if r.one_in(2) => return self.tenant(TenantCommand::BackUpVm { vm }),
+            10 if r.one_in(2) => return self.tenant(rehearsal(state, r)),
             10 => {
                 let (every_millis, keep) = ([0, 60_000, 3_600_000][r.below(3)], r.below(3) as u32);
                 return self.tenant(TenantCommand::SetVmBackup { vm, every_millis, keep });
@@ -225,6 +228,14 @@ impl Source {
             let reports = vec![backup_report(vm, r)];
             return self.node(node.id, NodeCommand::ReportBackups { node: node.id, incarnation, reports });
         }
+        let rehearsals = state.assignment(node.id).map_or_else(Vec::new, |assignment| assignment.rehearsals);
+        if let (Some(wish), true) = (r.pick(&rehearsals), r.one_in(2)) {
+            let verdict = [Verdict::Booted, Verdict::Failed, Verdict::Unknown][r.below(3)];
+            let report =
+                RehearsalReport { epoch: wish.epoch - u64::from(r.one_in(9)), ..rehearsal_report(&wish, verdict) };
+            let reports = vec![report];
+            return self.node(node.id, NodeCommand::ReportRehearsals { node: node.id, incarnation, reports });
+        }
         let many = 1 + r.below(2);
         let reports = (0..many).filter_map(|_| r.pick(&held).map(|vm| vm_report(vm, r))).collect();
         self.node(node.id, NodeCommand::ReportVms { node: node.id, incarnation, reports })
@@ -249,7 +260,10 @@ impl Source {
 
     fn hasty_planner(&mut self, state: &State, r: &mut Reader) -> Entry {
         let (vm, node) = (self.machine(state, r), NodeId(r.below(5) as u64));
-        let command = match r.below(9) {
+        let image = ImageId(1 + r.below(5) as u64);
+        let command = match r.below(11) {
+            9 => PlannerCommand::PlaceRehearsal { image, node },
+            10 => PlannerCommand::ExpireRehearsal { image },
             7 => PlannerCommand::DeclareLost { node, incarnation: r.below(3) as u64 },
             8 => PlannerCommand::RecoverVm { vm, epoch: r.below(60) as u64 },
             0 => PlannerCommand::PlaceVm { vm, node },
@@ -401,6 +415,15 @@ fn import(tenant: TenantId, name: &str, size_bytes: u64, digest: u8, replicas: V
 
 fn recovery(r: &mut Reader) -> Recovery {
     [Recovery::Exclusive, Recovery::Available, Recovery::RestartInPlace, Recovery::None][r.below(4)]
+}
+
+fn rehearsal(state: &State, r: &mut Reader) -> TenantCommand {
+    let backups: Vec<ImageId> = state.images().values().filter(|image| image.backup.is_some()).map(|i| i.id).collect();
+    let image = if r.one_in(9) { ImageId(r.below(4) as u64) } else { r.pick(&backups).unwrap_or_default() };
+    match r.below(4) {
+        0 => TenantCommand::EndRehearsal { image },
+        _ => TenantCommand::RehearseBackup { image, limit_millis: 60_000, expect: String::new() },
+    }
 }
 
 fn backup_report(vm: &Vm, r: &mut Reader) -> BackupReport {

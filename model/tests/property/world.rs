@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use model::{
-    command::{ImageReport, VmReport},
+    assignment::RehearsalWish,
+    command::{ImageReport, RehearsalReport, VmReport},
     table::RowChange,
     *,
 };
@@ -135,6 +136,9 @@ fn reports(state: &State) -> Vec<(Actor, Command)> {
         let incarnation = assignment.incarnation;
         let vms = assignment.vms.iter().map(done).collect();
         let images = assignment.images.iter().map(|wish| ImageReport { digest: wish.digest, good: true }).collect();
+        let booted = |wish: &RehearsalWish| rehearsal_report(wish, Verdict::Booted);
+        let reports = assignment.rehearsals.iter().map(booted).collect();
+        out.push(NodeCommand::ReportRehearsals { node: id, incarnation, reports });
         out.push(NodeCommand::ReportVms { node: id, incarnation, reports: vms });
         out.push(NodeCommand::ReportImages { node: id, incarnation, reports: images });
     }
@@ -143,9 +147,14 @@ fn reports(state: &State) -> Vec<(Actor, Command)> {
         | NodeCommand::ReportVms { node, .. }
         | NodeCommand::ReportImages { node, .. }
         | NodeCommand::ReportBackups { node, .. }
+        | NodeCommand::ReportRehearsals { node, .. }
         | NodeCommand::Summarise { node, .. } => *node,
     };
     out.into_iter().map(|command| (Actor::Node(node(&command)), Command::Node(command))).collect()
+}
+
+pub fn rehearsal_report(wish: &RehearsalWish, verdict: Verdict) -> RehearsalReport {
+    RehearsalReport { image: wish.image, epoch: wish.epoch, verdict, took_millis: 1000, reason: "seen".into() }
 }
 
 fn done(wish: &VmWish) -> VmReport {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use model::{
-    command::{BackupMade, BackupReport, ImageReport, VmReport},
+    command::{BackupMade, BackupReport, ImageReport, RehearsalReport, VmReport},
     *,
 };
 
@@ -235,8 +235,10 @@ impl Story {
                 Command::Node(NodeCommand::ReportImages { node, incarnation, reports }),
             ));
         }
-        if line.word(2)? == "backup" {
-            return self.report_backup(node, incarnation, line);
+        match line.word(2)? {
+            "backup" => return self.report_backup(node, incarnation, line),
+            "rehearsal" => return self.report_rehearsal(node, incarnation, line),
+            _ => {}
         }
         let vm = self.machine(line.word(2)?)?;
         let row = self.state.vms().get(&vm).ok_or("no such machine")?;
@@ -282,6 +284,26 @@ impl Story {
         Ok(self.said(Actor::Node(node), None, Command::Node(NodeCommand::ReportBackups { node, incarnation, reports })))
     }
 
+    /// `alpha reports rehearsal acme/backup-vm-1-2 ok: its guest agent answered`.
+    fn report_rehearsal(&mut self, node: NodeId, incarnation: u64, line: &Line) -> Told {
+        let image = self.image(line.word(3)?)?;
+        let verdict = match line.word(4)? {
+            "ok" => Verdict::Booted,
+            "failed" => Verdict::Failed,
+            _ => Verdict::Unknown,
+        };
+        let placement = self.state.images().get(&image).and_then(|image| image.rehearsal.as_ref()?.placement);
+        let epoch = line.number("epoch", placement.map_or(0, |placement| placement.epoch))?;
+        let reports = vec![RehearsalReport { image, epoch, verdict, took_millis: 12_000, reason: line.reason.clone() }];
+        let command = NodeCommand::ReportRehearsals { node, incarnation, reports };
+        Ok(self.said(Actor::Node(node), None, Command::Node(command)))
+    }
+
+    fn image(&self, noun: &str) -> Result<ImageId, String> {
+        let (tenant, name) = self.owned(noun)?;
+        Ok(self.state.image_named(tenant, name).ok_or("no such image")?.id)
+    }
+
     fn owner(&mut self, actor: Actor, text: &str, line: &Line) -> Told {
         let noun = line.word(1)?;
         let stop_grace_millis = line.values.get("grace").map_or(Ok(0), |grace| millis(grace))?;
@@ -305,6 +327,13 @@ impl Story {
                 every_millis: line.values.get("every").map_or(Ok(0), |text| millis(text))?,
                 keep: line.number("keep", 0)? as u32,
             },
+            "rehearse" => TenantCommand::RehearseBackup {
+                image: self.image(noun)?,
+                limit_millis: line.values.get("within").map_or(Ok(60_000), |text| millis(text))?,
+                expect: line.reason.clone(),
+            },
+            "abort" => TenantCommand::EndRehearsal { image: self.image(noun)? },
+            "drop" => TenantCommand::DeleteImage { image: self.image(noun)? },
             "reboot" => TenantCommand::RebootVm { vm: self.machine(noun)? },
             "tag" => {
                 let (tenant, key) = self.owned(noun)?;

@@ -29,7 +29,15 @@ pub fn picture(state: &State) -> Picture {
             format!("{} {state}", name(node))
         };
         let replicas: Vec<String> = image.replicas.iter().map(kept).collect();
-        let line = format!("{} {} of {}: {}", image.id, image.name, image.wanted_replicas, replicas.join(", "));
+        let mut line = format!("{} {} of {}: {}", image.id, image.name, image.wanted_replicas, replicas.join(", "));
+        if let Some(rehearsal) = &image.rehearsal {
+            let place = rehearsal.placement.map_or("waits".into(), |place| format!("on {}", name(&place.node)));
+            let left = seconds(rehearsal.deadline.millis_since(state.now()));
+            line += &format!("; rehearsal {place}, given {left}");
+        }
+        if let Some(rehearsed) = &image.rehearsed {
+            line += &format!("; rehearsed {}: {}", rehearsed.verdict, rehearsed.reason);
+        }
         picture.insert(format!("image {}", image.id), line);
     }
     for vm in state.vms().values() {

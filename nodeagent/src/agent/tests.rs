@@ -204,7 +204,8 @@ fn assignment(sources: Vec<String>) -> Assignment {
         user_data: String::new(),
     };
     let (cluster, node) = ("c".to_owned(), NodeId(1));
-    Assignment { cluster, node, incarnation: 0, generation: 3, vms: vec![vm], networks: vec![], images: vec![] }
+    let (vms, networks, images, rehearsals) = (vec![vm], vec![], vec![], vec![]);
+    Assignment { cluster, node, incarnation: 0, generation: 3, vms, networks, images, rehearsals }
 }
 
 /// A data server of another host that holds the base image, and its address.

@@ -5,6 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use futures::FutureExt;
 use model::{
     Assignment, ImageWish, VmId,
+    assignment::RehearsalWish,
     command::BackupMade,
     steps::{IMAGE_IDLE_MILLIS, Step},
 };
@@ -14,7 +15,11 @@ use tokio::task::spawn_blocking;
 use crate::{
     clock,
     host::Host,
-    hypervisor::{GuestNic, GuestSpec, Hypervisor, HypervisorError, job::Job},
+    hypervisor::{
+        GuestNic, GuestSpec, Hypervisor, HypervisorError,
+        job::Job,
+        rehearsal::{Rehearsal, Rehearsed},
+    },
     images::{self, TransferError},
 };
 
@@ -44,15 +49,43 @@ pub struct Copied {
     pub at_millis: u64,
 }
 
+/// What a step gave.
+#[derive(Debug)]
+pub enum Done {
+    Nothing,
+    Copied(Copied),
+    Rehearsed(Rehearsed),
+}
+
+impl Done {
+    /// Of a backup.
+    pub fn copied(self) -> Result<Copied, Fault> {
+        if let Self::Copied(copied) = self { Ok(copied) } else { Err(mistake("a backup without bytes")) }
+    }
+
+    /// Of a rehearsal.
+    pub fn rehearsed(self) -> Result<Rehearsed, Fault> {
+        if let Self::Rehearsed(rehearsed) = self {
+            Ok(rehearsed)
+        } else {
+            Err(mistake("a rehearsal without a verdict"))
+        }
+    }
+}
+
 /// A copy of a large disk over a slow one takes hours; one that takes a day will never be done.
 const BACKUP_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
-/// Carries out a step; a panic in it is a fault like another. A backup gives what it made.
-pub async fn act(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Result<Option<Copied>, Fault> {
+/// Carries out a step; a panic in it is a fault like another. `job`: of what takes its time and can be ended.
+pub async fn act(
+    host: Arc<Host>,
+    assignment: Arc<Assignment>,
+    step: Step,
+    job: Option<Arc<Job>>,
+) -> Result<Done, Fault> {
     let name = step.to_string();
-    let outcome = AssertUnwindSafe(perform(host, assignment, step)).catch_unwind().await;
-    let outcome =
-        outcome.unwrap_or_else(|_| Err(fault(FaultKind::Transient, "the agent has a mistake in it: a panic")));
+    let outcome = AssertUnwindSafe(perform(host, assignment, step, job)).catch_unwind().await;
+    let outcome = outcome.unwrap_or_else(|_| Err(cut_short()));
     outcome.map_err(|Fault { kind, reason }| {
         let reason =
             reason.chars().map(|c| if c.is_control() { ' ' } else { c }).take(REASON_CHARS).collect::<String>();
@@ -60,10 +93,20 @@ pub async fn act(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Re
     })
 }
 
-async fn perform(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Result<Option<Copied>, Fault> {
+async fn perform(
+    host: Arc<Host>,
+    assignment: Arc<Assignment>,
+    step: Step,
+    job: Option<Arc<Job>>,
+) -> Result<Done, Fault> {
     check_lease(&host, &assignment, &step)?;
     let done = match step {
-        Step::BackUp { vm, .. } => return back_up(host, vm).await.map(Some),
+        Step::BackUp { vm, .. } => return back_up(host, vm).await.map(Done::Copied),
+        Step::Rehearse { image, epoch } => {
+            let wish = assignment.rehearsals.iter().find(|wish| (wish.image, wish.epoch) == (image, epoch)).cloned();
+            let begun = wish.zip(job).ok_or_else(|| fault(FaultKind::NotNow, "the assignment no longer has it"));
+            return rehearse(host, assignment.cluster.clone(), begun?).await.map(Done::Rehearsed);
+        }
         Step::FetchImage(image) => fetch(&host, image).await,
         Step::DropImage(digest) => {
             let store = host.images.clone();
@@ -85,9 +128,9 @@ async fn perform(host: Arc<Host>, assignment: Arc<Assignment>, step: Step) -> Re
         Step::Remove(vm) => hypervisor(host, move |hypervisor| hypervisor.remove(vm)).await,
         Step::Quarantine { vm, .. } => hypervisor(host, move |hypervisor| hypervisor.quarantine(vm)).await,
         // The executor delivers these itself.
-        Step::Report(_) | Step::ReportImage(_) | Step::ReportBackup(_) => Ok(()),
+        Step::Report(_) | Step::ReportImage(_) | Step::ReportBackup(_) | Step::ReportRehearsal(_) => Ok(()),
     };
-    done.map(|()| None)
+    done.map(|()| Done::Nothing)
 }
 
 async fn back_up(host: Arc<Host>, vm: VmId) -> Result<Copied, Fault> {
@@ -105,6 +148,36 @@ async fn back_up(host: Arc<Host>, vm: VmId) -> Result<Copied, Fault> {
         Ok(Copied { made, at_millis })
     });
     copied.await.map_err(|_| cut_short())?
+}
+
+/// The machine that the backup is of, as it would be made again; but in no network, and with nobody's keys.
+async fn rehearse(
+    host: Arc<Host>,
+    cluster: String,
+    (wish, job): (RehearsalWish, Arc<Job>),
+) -> Result<Rehearsed, Fault> {
+    let done = spawn_blocking(move || {
+        let base = host.images.verified(wish.base.digest).map_err(|error| fault(FaultKind::Transient, error))?;
+        host.images.touch(wish.base.digest);
+        let spec = GuestSpec {
+            cluster,
+            vm: wish.vm,
+            epoch: wish.epoch,
+            tenant: String::new(),
+            hostname: format!("rehearsal-of-{}", wish.vm),
+            size: wish.size,
+            base,
+            base_format: wish.base.format,
+            base_virtual_bytes: wish.base.virtual_bytes,
+            nics: vec![],
+            ssh_keys: vec![],
+            user_data: String::new(),
+        };
+        let (image, limit) = (wish.image, Duration::from_millis(wish.limit_millis));
+        let rehearsal = Rehearsal { image, spec, limit, expect: wish.expect };
+        host.hypervisor.rehearse(&rehearsal, &job).map_err(hypervisor_fault)
+    });
+    done.await.map_err(|_| cut_short())?
 }
 
 /// A guest that may not run is neither started nor spoken to: the guard has stopped its process, or is about to, and
@@ -192,7 +265,11 @@ fn hypervisor_fault(error: HypervisorError) -> Fault {
 }
 
 fn cut_short() -> Fault {
-    fault(FaultKind::Transient, "the agent has a mistake in it: a panic")
+    mistake("a panic")
+}
+
+fn mistake(what: &str) -> Fault {
+    fault(FaultKind::Transient, format!("the agent has a mistake in it: {what}"))
 }
 
 fn fault(kind: FaultKind, reason: impl ToString) -> Fault {

@@ -1,19 +1,16 @@
 //! The executor in a simulated host, against what the quorum would see.
 
 use std::{
-    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr},
-    path::{Path, PathBuf},
-    sync::{
-        Mutex,
-        atomic::{AtomicU32, Ordering},
-    },
+    path::Path,
+    sync::{Mutex, atomic::Ordering},
     time::Instant,
 };
 
 use api::{session::FromAgent, tls::CertificateAuthority};
 use model::{
-    Capacity, HypervisorKind, ImageFormat, ImageWish, Mac, NetworkId, NetworkWish, NicWish, NodeId, command::VmReport,
+    Capacity, ImageFormat, ImageWish, Mac, NetworkId, NetworkWish, NicWish, NodeId,
+    command::{RehearsalReport, VmReport},
     telemetry::NodeStatus,
 };
 use storage::images::{Begun, ImageStore};
@@ -22,9 +19,7 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::{
     hypervisor::{
-        Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason,
-        job::Job,
-        migration::{Destination, Route},
+        GuestPower, Hypervisor, OffReason,
         simulated::{Simulated, SimulatedConfig},
     },
     lease::Leases,
@@ -33,123 +28,13 @@ use crate::{
 };
 
 mod lost_disk;
+mod moody;
+mod rehearsal;
+
+use moody::{Mood, Moody};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const BASE: &[u8] = b"a base image";
-
-/// A simulated hypervisor that can be told to misbehave, and counts what cannot be seen afterwards.
-struct Moody {
-    inner: Simulated,
-    mood: Mutex<Mood>,
-    starts: AtomicU32,
-    resets: AtomicU32,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Mood {
-    Good,
-    Unreachable,
-    NoStart,
-    Panics,
-}
-
-type Hyper<T> = crate::hypervisor::Result<T>;
-
-impl Moody {
-    fn set(&self, mood: Mood) {
-        *self.mood.lock().unwrap() = mood;
-    }
-
-    fn mood(&self) -> Mood {
-        *self.mood.lock().unwrap()
-    }
-
-    fn check(&self) -> Hyper<()> {
-        match self.mood() {
-            Mood::Unreachable => Err(HypervisorError::Unreachable("the daemon is down".into())),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl Hypervisor for Moody {
-    fn kind(&self) -> HypervisorKind {
-        self.inner.kind()
-    }
-    fn capacity(&self) -> Hyper<Capacity> {
-        self.inner.capacity()
-    }
-    fn node_status(&self) -> Hyper<NodeStatus> {
-        self.inner.node_status()
-    }
-    fn guests(&self) -> Hyper<Vec<Guest>> {
-        self.check()?;
-        self.inner.guests()
-    }
-    fn usage(&self) -> Hyper<Vec<(VmId, GuestUsage)>> {
-        self.inner.usage()
-    }
-    fn bases(&self) -> Hyper<BTreeSet<PathBuf>> {
-        self.inner.bases()
-    }
-    fn make_disk(&self, spec: &GuestSpec) -> Hyper<()> {
-        self.check()?;
-        self.inner.make_disk(spec)
-    }
-    fn check_disk(&self, vm: VmId) -> Hyper<()> {
-        self.inner.check_disk(vm)
-    }
-    fn start(&self, spec: &GuestSpec) -> Hyper<()> {
-        self.check()?;
-        match self.mood() {
-            Mood::NoStart => return Err(HypervisorError::Permanent("no such machine type".into())),
-            Mood::Panics => panic!("a mistake in the hypervisor's code"),
-            Mood::Good | Mood::Unreachable => {}
-        }
-        self.starts.fetch_add(1, Ordering::SeqCst);
-        self.inner.start(spec)
-    }
-    fn suspend(&self, vm: VmId) -> Hyper<()> {
-        self.inner.suspend(vm)
-    }
-    fn resume(&self, vm: VmId) -> Hyper<()> {
-        self.inner.resume(vm)
-    }
-    fn press_power(&self, vm: VmId) -> Hyper<()> {
-        self.inner.press_power(vm)
-    }
-    fn power_off(&self, vm: VmId) -> Hyper<()> {
-        self.inner.power_off(vm)
-    }
-    fn reset(&self, vm: VmId) -> Hyper<()> {
-        self.resets.fetch_add(1, Ordering::SeqCst);
-        self.inner.reset(vm)
-    }
-    fn remove(&self, vm: VmId) -> Hyper<()> {
-        self.inner.remove(vm)
-    }
-    fn back_up(&self, vm: VmId, job: &Job) -> Hyper<Backup> {
-        self.inner.back_up(vm, job)
-    }
-    fn prepare_migration(&self, spec: &GuestSpec) -> Hyper<Destination> {
-        self.inner.prepare_migration(spec)
-    }
-    fn migrate(&self, vm: VmId, to: &Destination, route: &Route, job: &Job) -> Hyper<()> {
-        self.inner.migrate(vm, to, route, job)
-    }
-    fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Hyper<()> {
-        self.inner.finish_migration(spec, run)
-    }
-    fn cancel_migration(&self, vm: VmId) -> Hyper<()> {
-        self.inner.cancel_migration(vm)
-    }
-    fn quarantine(&self, vm: VmId) -> Hyper<()> {
-        self.inner.quarantine(vm)
-    }
-    fn console_log(&self, vm: VmId, max_bytes: usize) -> Hyper<Vec<u8>> {
-        self.inner.console_log(vm, max_bytes)
-    }
-}
 
 /// A host with an executor, and everything that it reported.
 struct World {
@@ -161,6 +46,7 @@ struct World {
     assignment: watch::Sender<Option<Arc<Assignment>>>,
     incarnation: watch::Sender<u64>,
     reports: Arc<Mutex<Vec<VmReport>>>,
+    rehearsals: Arc<Mutex<Vec<RehearsalReport>>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -176,17 +62,24 @@ fn hypervisor(dir: &Path) -> Arc<Moody> {
         effects: None,
     };
     let inner = Simulated::open(config).unwrap();
-    Arc::new(Moody { inner, mood: Mutex::new(Mood::Good), starts: AtomicU32::new(0), resets: AtomicU32::new(0) })
+    Arc::new(Moody::new(inner))
+}
+
+/// Into the host's image store.
+fn store(dir: &Path, bytes: &[u8]) -> Digest {
+    let store = ImageStore::open(dir, 0).unwrap();
+    let digest = Digest::of(bytes);
+    if let Begun::Writing(mut incoming) = store.begin(digest, bytes.len() as u64).unwrap() {
+        incoming.write(bytes).unwrap();
+        incoming.finish().unwrap();
+    }
+    digest
 }
 
 impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = ImageStore::open(dir.path(), 0).unwrap();
-        if let Begun::Writing(mut incoming) = store.begin(Digest::of(BASE), BASE.len() as u64).unwrap() {
-            incoming.write(BASE).unwrap();
-            incoming.finish().unwrap();
-        }
+        store(dir.path(), BASE);
         let mut world = Self {
             hypervisor: hypervisor(dir.path()),
             leases: Arc::new(Leases::open(dir.path()).unwrap()),
@@ -196,6 +89,7 @@ impl World {
             assignment: watch::Sender::new(None),
             incarnation: watch::Sender::new(1),
             reports: Arc::default(),
+            rehearsals: Arc::default(),
             tasks: vec![],
         };
         world.start_agent();
@@ -225,14 +119,22 @@ impl World {
     fn start_agent(&mut self) {
         let (executor, outbox) = self.executor();
         let (assignments, incarnation) = (self.assignment.subscribe(), self.incarnation.subscribe());
-        let reports = self.reports.clone();
+        let (reports, rehearsals) = (self.reports.clone(), self.rehearsals.clone());
         self.tasks.push(tokio::spawn(async move { executor.run(assignments, incarnation).await.unwrap() }));
         self.tasks.push(tokio::spawn(async move {
             loop {
-                if let FromAgent::VmReports { number, reports: new } = outbox.next().await {
-                    reports.lock().unwrap().extend(new);
-                    outbox.reported(number);
-                }
+                let number = match outbox.next().await {
+                    FromAgent::VmReports { number, reports: new } => {
+                        reports.lock().unwrap().extend(new);
+                        number
+                    }
+                    FromAgent::RehearsalReports { number, reports: new } => {
+                        rehearsals.lock().unwrap().extend(new);
+                        number
+                    }
+                    _ => continue,
+                };
+                outbox.reported(number);
             }
         }));
     }
@@ -292,7 +194,8 @@ impl Drop for World {
 fn assignment(generation: u64, vms: Vec<VmWish>) -> Arc<Assignment> {
     let networks = vms.iter().take(1).map(|_| network()).collect();
     let (cluster, node) = ("c".to_owned(), NodeId(1));
-    Arc::new(Assignment { cluster, node, incarnation: 1, generation, vms, networks, images: vec![] })
+    let (images, rehearsals) = (vec![], vec![]);
+    Arc::new(Assignment { cluster, node, incarnation: 1, generation, vms, networks, images, rehearsals })
 }
 
 fn network() -> NetworkWish {

@@ -10,9 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use model::{Consistency, VmId};
+use model::{Consistency, ImageId, Verdict, VmId};
 
-use super::{GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason, job::Job};
+use super::{GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason, job::Job, rehearsal::Rehearsal};
 
 pub mod migration;
 
@@ -55,6 +55,7 @@ pub fn run(subject: &Subject) {
     it_is_backed_up_while_it_runs(subject, &*h);
     drop(h);
     what_a_dead_agent_left_of_a_backup_is_cleared(subject);
+    a_rehearsal_leaves_nothing(subject);
     let h = (subject.open)();
     it_is_switched_off_and_on(subject, &*h);
     a_crash_is_seen_as_one(subject, &*h);
@@ -183,6 +184,26 @@ fn what_a_dead_agent_left_of_a_backup_is_cleared(subject: &Subject) {
     let h = (subject.open)();
     h.guests().expect("guests");
     assert_eq!(backup_files(subject), Vec::<String>::new());
+}
+
+/// Whatever comes of it; in these tests a disk may be blank. The guest of which it is a copy runs on.
+fn a_rehearsal_leaves_nothing(subject: &Subject) {
+    let h = (subject.open)();
+    let before = h.guests().expect("guests");
+    let spec = GuestSpec { nics: vec![], ..subject.spec.clone() };
+    let short = Duration::from_secs(1);
+    let expect = "what no console says".into();
+    let rehearsal = Rehearsal { image: ImageId(4), spec, limit: short, expect };
+    let rehearsed = h.rehearse(&rehearsal, &Job::new(PATIENCE)).expect("rehearse");
+    assert_ne!(rehearsed.verdict, Verdict::Booted, "{rehearsed:?}");
+    assert!(rehearsed.took >= short && !rehearsed.reason.is_empty(), "{rehearsed:?}");
+    let cancelled = Job::new(PATIENCE);
+    cancelled.cancel();
+    let long = Rehearsal { limit: PATIENCE, ..rehearsal.clone() };
+    assert!(h.rehearse(&long, &cancelled).is_err(), "it was cancelled");
+    assert_eq!(h.guests().expect("guests"), before, "a rehearsal is no guest");
+    let left = fs::read_dir(subject.dir.join("rehearsals")).map_or(0, Iterator::count);
+    assert_eq!(left, 0, "files are left of a rehearsal");
 }
 
 fn backup_files(subject: &Subject) -> Vec<String> {

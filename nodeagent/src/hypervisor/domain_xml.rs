@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use model::{HypervisorKind, VmId};
+use model::{HypervisorKind, ImageId, VmId};
 use quick_xml::{
     NsReader, Writer, XmlVersion,
     events::{BytesText, Event},
@@ -30,7 +30,7 @@ const TRANSLATION_CACHE_MIB: &str = "32";
 const BALLOON_PERIOD_SECONDS: &str = "5";
 
 /// What libvirt calls the guest's own disk, and the seed.
-const DISK: &str = "vda";
+pub const DISK: &str = "vda";
 const SEED: &str = "vdb";
 
 /// Where a guest's files are.
@@ -83,12 +83,38 @@ pub(super) fn uuid_of(what: &str, cluster: &str, name: &str) -> String {
 
 /// The definition of a guest. Whatever the strings contain, the result is well-formed.
 pub fn domain_xml(spec: &GuestSpec, paths: &DomainPaths, kind: HypervisorKind) -> String {
+    let name = (domain_name(&spec.cluster, spec.vm), domain_uuid(&spec.cluster, spec.vm));
+    guest_xml(spec, paths, kind, name, |w| mark(w, spec))
+}
+
+/// The same machine under another name, and without a mark: it is nobody's.
+pub fn rehearsal_xml(spec: &GuestSpec, image: ImageId, paths: &DomainPaths, kind: HypervisorKind) -> String {
+    let uuid = uuid_of("rehearsal", &spec.cluster, &image.to_string());
+    guest_xml(spec, paths, kind, (rehearsal_name(&spec.cluster, image), uuid), |_| Ok(()))
+}
+
+pub fn rehearsal_name(cluster: &str, image: ImageId) -> String {
+    format!("{}{image}", rehearsal_prefix(cluster))
+}
+
+/// What the names of all rehearsals of a cloud begin with.
+pub fn rehearsal_prefix(cluster: &str) -> String {
+    format!("{}rehearsal-", name_prefix(cluster))
+}
+
+fn guest_xml(
+    spec: &GuestSpec,
+    paths: &DomainPaths,
+    kind: HypervisorKind,
+    (name, uuid): (String, String),
+    mark: impl FnOnce(&mut Xml) -> io::Result<()>,
+) -> String {
     document(|w| {
         element(w, "domain", &[("type", type_of(kind))], |w| {
-            text(w, "name", &[], &domain_name(&spec.cluster, spec.vm))?;
-            text(w, "uuid", &[], &domain_uuid(&spec.cluster, spec.vm))?;
+            text(w, "name", &[], &name)?;
+            text(w, "uuid", &[], &uuid)?;
             text(w, "title", &[], &spec.hostname)?;
-            mark(w, spec)?;
+            mark(w)?;
             text(w, "memory", &[("unit", "b")], &spec.size.memory_bytes.to_string())?;
             text(w, "vcpu", &[("placement", "static")], &spec.size.vcpus.to_string())?;
             machine(w, kind)?;
@@ -336,6 +362,8 @@ mod tests {
         check("domain-qemu.xml", &domain_xml(&spec(), &paths(), HypervisorKind::Qemu));
         check("domain-kvm.xml", &domain_xml(&spec(), &paths(), HypervisorKind::Kvm));
         check("domain-no-nic.xml", &domain_xml(&GuestSpec { nics: vec![], ..spec() }, &paths(), HypervisorKind::Qemu));
+        let alone = GuestSpec { nics: vec![], ..spec() };
+        check("domain-rehearsal.xml", &rehearsal_xml(&alone, ImageId(12), &paths(), HypervisorKind::Kvm));
         let output = Path::new("/srv/trefoil/probe/output");
         let uuid = uuid_of("probe", "demo", "kvm");
         check("backup.xml", &backup_xml(Path::new("/srv/trefoil/vms/vm-17/backup.part")));

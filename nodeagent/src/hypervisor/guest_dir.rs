@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! DIR/vms/vm-17/          disk.qcow2  seed.img  console.log  guest.json  (backup.qcow2)
+//! DIR/rehearsals/img-4/   as long as a backup is rehearsed
 //! DIR/quarantine/vm-17-4242-1767225600/      the same, moved here with placement and time
 //! ```
 //! Records are replaced whole, by rename. Deliberately not here: what a record means; each hypervisor has its own.
@@ -63,6 +64,11 @@ impl GuestDirs {
     /// Where a backup is made, before it goes into the image store.
     pub fn backup(&self, vm: VmId) -> PathBuf {
         self.dir(vm).join("backup.qcow2")
+    }
+
+    /// Where backups are rehearsed.
+    pub fn rehearsals(&self) -> PathBuf {
+        self.root.join("rehearsals")
     }
 
     pub fn create(&self, vm: VmId) -> Result<()> {

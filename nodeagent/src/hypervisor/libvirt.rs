@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeSet,
     path::PathBuf,
-    sync::{Mutex, MutexGuard, OnceLock},
+    sync::{Mutex, MutexGuard, OnceLock, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -22,6 +22,7 @@ use super::{
     job::Job,
     migration::{Destination, Route},
     qemu_process,
+    rehearsal::{Rehearsal, Rehearsed},
     seed::seed_image,
 };
 
@@ -34,6 +35,7 @@ mod host;
 mod migration;
 mod power;
 mod probe;
+mod rehearsal;
 mod usage;
 
 use connection::{Connection, is_missing};
@@ -66,6 +68,8 @@ pub struct Libvirt {
     cpu: Mutex<host::CpuTicks>,
     /// Folders that were there when this agent started; looked at once, when libvirt first answers.
     found_at_start: Mutex<Vec<VmId>>,
+    /// What earlier agents rehearsed was looked for.
+    rehearsals_cleared: AtomicBool,
 }
 
 impl Libvirt {
@@ -84,6 +88,7 @@ impl Libvirt {
             records: Mutex::new(()),
             cpu: Mutex::new(host::cpu_ticks()?),
             found_at_start: Mutex::new(dirs.vms()?),
+            rehearsals_cleared: AtomicBool::new(false),
             dirs,
         })
     }
@@ -198,6 +203,7 @@ impl Libvirt {
 
     /// What a killed agent left between making a disk and its first start, or between moving a folder and forgetting it.
     fn sweep(&self, guests: &[Guest]) {
+        rehearsal::clear_once(self);
         for vm in std::mem::take(&mut *lock(&self.found_at_start)) {
             if guests.iter().any(|guest| guest.vm == vm) {
                 if let Err(e) = backup::clear(self, vm) {
@@ -437,6 +443,10 @@ impl Hypervisor for Libvirt {
 
     fn back_up(&self, vm: VmId, job: &Job) -> Result<Backup> {
         backup::back_up(self, vm, job)
+    }
+
+    fn rehearse(&self, rehearsal: &Rehearsal, job: &Job) -> Result<Rehearsed> {
+        rehearsal::rehearse(self, rehearsal, job)
     }
 
     fn prepare_migration(&self, spec: &GuestSpec) -> Result<Destination> {

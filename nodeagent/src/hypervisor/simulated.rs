@@ -21,6 +21,7 @@ use super::{
     guest_dir::GuestDirs,
     job::Job,
     migration::{Destination, Route},
+    rehearsal::{Rehearsal, Rehearsed},
 };
 use crate::{
     clock,
@@ -33,6 +34,7 @@ mod effect;
 mod migration;
 pub mod outside;
 mod record;
+mod rehearsal;
 
 use control::Control;
 use effect::{Effect, EffectLog};
@@ -387,6 +389,10 @@ impl Hypervisor for Simulated {
 
     fn back_up(&self, vm: VmId, job: &Job) -> Result<Backup> {
         backup::back_up(self, vm, job)
+    }
+
+    fn rehearse(&self, rehearsal: &Rehearsal, job: &Job) -> Result<Rehearsed> {
+        rehearsal::rehearse(self, rehearsal, job)
     }
 
     fn prepare_migration(&self, spec: &GuestSpec) -> Result<Destination> {

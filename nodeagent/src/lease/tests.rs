@@ -6,7 +6,8 @@ use super::*;
 
 fn assignment(incarnation: u64, vms: Vec<VmWish>) -> Assignment {
     let (networks, images) = (Vec::new(), Vec::new());
-    Assignment { cluster: "cloud".into(), node: NodeId(1), incarnation, generation: incarnation, vms, networks, images }
+    let (cluster, node, generation, rehearsals) = ("cloud".into(), NodeId(1), incarnation, vec![]);
+    Assignment { cluster, node, incarnation, generation, vms, networks, images, rehearsals }
 }
 
 fn exclusive(vm: u64, epoch: u64) -> VmWish {

@@ -100,9 +100,15 @@ pub fn begin_backup(domain: &Domain, xml: &str) -> std::result::Result<(), Error
 
 /// Freezes every file system of the guest, by its agent; fails at once when that is not connected.
 pub fn freeze(domain: &Domain) -> std::result::Result<(), Error> {
-    // SAFETY: the domain is alive for the length of the calls; null and 0 mean all file systems.
-    done(unsafe { sys::virDomainAgentSetResponseTimeout(domain.as_ptr(), AGENT_SECONDS, 0) })?;
+    set_agent_patience(domain)?;
+    // SAFETY: the domain is alive for the length of the call; null and 0 mean all file systems.
     done(unsafe { sys::virDomainFSFreeze(domain.as_ptr(), ptr::null_mut(), 0, 0) })
+}
+
+/// How long calls that ask the guest's agent wait for it.
+pub fn set_agent_patience(domain: &Domain) -> std::result::Result<(), Error> {
+    // SAFETY: the domain is alive for the length of the call.
+    done(unsafe { sys::virDomainAgentSetResponseTimeout(domain.as_ptr(), AGENT_SECONDS, 0) })
 }
 
 /// Thaws them; what is not frozen is as good.

@@ -1,0 +1,143 @@
+//! A simulated hypervisor that can be told to misbehave, and counts what cannot be seen afterwards.
+
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    sync::{
+        Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use model::{Capacity, HypervisorKind, VmId, telemetry::NodeStatus};
+
+use crate::hypervisor::{
+    Backup, Guest, GuestSpec, GuestUsage, Hypervisor, HypervisorError,
+    job::Job,
+    migration::{Destination, Route},
+    rehearsal::{Rehearsal, Rehearsed},
+    simulated::Simulated,
+};
+
+pub struct Moody {
+    pub inner: Simulated,
+    mood: Mutex<Mood>,
+    pub starts: AtomicU32,
+    pub resets: AtomicU32,
+    pub rehearsals: AtomicU32,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub enum Mood {
+    Good,
+    Unreachable,
+    NoStart,
+    Panics,
+}
+
+type Hyper<T> = crate::hypervisor::Result<T>;
+
+impl Moody {
+    pub fn new(inner: Simulated) -> Self {
+        let [starts, resets, rehearsals] = [const { AtomicU32::new(0) }; 3];
+        Self { inner, mood: Mutex::new(Mood::Good), starts, resets, rehearsals }
+    }
+
+    pub fn set(&self, mood: Mood) {
+        *self.mood.lock().unwrap() = mood;
+    }
+
+    fn mood(&self) -> Mood {
+        *self.mood.lock().unwrap()
+    }
+
+    fn check(&self) -> Hyper<()> {
+        match self.mood() {
+            Mood::Unreachable => Err(HypervisorError::Unreachable("the daemon is down".into())),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Hypervisor for Moody {
+    fn kind(&self) -> HypervisorKind {
+        self.inner.kind()
+    }
+    fn capacity(&self) -> Hyper<Capacity> {
+        self.inner.capacity()
+    }
+    fn node_status(&self) -> Hyper<NodeStatus> {
+        self.inner.node_status()
+    }
+    fn guests(&self) -> Hyper<Vec<Guest>> {
+        self.check()?;
+        self.inner.guests()
+    }
+    fn usage(&self) -> Hyper<Vec<(VmId, GuestUsage)>> {
+        self.inner.usage()
+    }
+    fn bases(&self) -> Hyper<BTreeSet<PathBuf>> {
+        self.inner.bases()
+    }
+    fn make_disk(&self, spec: &GuestSpec) -> Hyper<()> {
+        self.check()?;
+        self.inner.make_disk(spec)
+    }
+    fn check_disk(&self, vm: VmId) -> Hyper<()> {
+        self.inner.check_disk(vm)
+    }
+    fn start(&self, spec: &GuestSpec) -> Hyper<()> {
+        self.check()?;
+        match self.mood() {
+            Mood::NoStart => return Err(HypervisorError::Permanent("no such machine type".into())),
+            Mood::Panics => panic!("a mistake in the hypervisor's code"),
+            Mood::Good | Mood::Unreachable => {}
+        }
+        self.starts.fetch_add(1, Ordering::SeqCst);
+        self.inner.start(spec)
+    }
+    fn suspend(&self, vm: VmId) -> Hyper<()> {
+        self.inner.suspend(vm)
+    }
+    fn resume(&self, vm: VmId) -> Hyper<()> {
+        self.inner.resume(vm)
+    }
+    fn press_power(&self, vm: VmId) -> Hyper<()> {
+        self.inner.press_power(vm)
+    }
+    fn power_off(&self, vm: VmId) -> Hyper<()> {
+        self.inner.power_off(vm)
+    }
+    fn reset(&self, vm: VmId) -> Hyper<()> {
+        self.resets.fetch_add(1, Ordering::SeqCst);
+        self.inner.reset(vm)
+    }
+    fn remove(&self, vm: VmId) -> Hyper<()> {
+        self.inner.remove(vm)
+    }
+    fn back_up(&self, vm: VmId, job: &Job) -> Hyper<Backup> {
+        self.inner.back_up(vm, job)
+    }
+    fn rehearse(&self, rehearsal: &Rehearsal, job: &Job) -> Hyper<Rehearsed> {
+        self.rehearsals.fetch_add(1, Ordering::SeqCst);
+        self.inner.rehearse(rehearsal, job)
+    }
+    fn prepare_migration(&self, spec: &GuestSpec) -> Hyper<Destination> {
+        self.inner.prepare_migration(spec)
+    }
+    fn migrate(&self, vm: VmId, to: &Destination, route: &Route, job: &Job) -> Hyper<()> {
+        self.inner.migrate(vm, to, route, job)
+    }
+    fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Hyper<()> {
+        self.inner.finish_migration(spec, run)
+    }
+    fn cancel_migration(&self, vm: VmId) -> Hyper<()> {
+        self.inner.cancel_migration(vm)
+    }
+    fn quarantine(&self, vm: VmId) -> Hyper<()> {
+        self.inner.quarantine(vm)
+    }
+    fn console_log(&self, vm: VmId, max_bytes: usize) -> Hyper<Vec<u8>> {
+        self.inner.console_log(vm, max_bytes)
+    }
+}
