@@ -7,8 +7,9 @@
 //!   /proc ──► look-out thread ── roster ──┘
 //! ```
 //!
-//! The deadline thread waits for nothing but its timer: real-time priority, memory locked, nothing allocated, no file
-//! read or written, no log. What can block (`/proc`, the page's writes, the log) is the look-out's. A guest that is
+//! The deadline thread waits for nothing but its timer: real-time priority, nothing allocated, no file read or written, no
+//! log. What it will need of code and memory it uses once before it begins, on processes that do not exist; what was used is
+//! locked in memory, so that the end of a lease meets no page that has to be fetched. What can block (`/proc`, the page's writes, the log) is the look-out's. A guest that is
 //! stopped here and comes to be permitted again goes on; one that nobody names is left as it is.
 //!
 //! One guard works for a data directory; a second one waits for its end and takes over. It outlives the agent.
@@ -27,17 +28,20 @@ use std::{
     time::Duration,
 };
 
+use model::VmId;
+
 use crate::{
     clock,
+    hypervisor::qemu_process::QemuProcess,
     lease::{
-        Permit,
+        Machine, Permit, Standing,
         page::{MOST_MACHINES, Page},
     },
     membership::{self, MembershipError},
 };
-use host::{Timer, keep_in_memory, prefer, spare_from_memory_shortage};
+use host::{Timer, keep_in_memory, prefer, spare_from_memory_shortage, touch_stack};
 use look_out::LookOut;
-use roster::Roster;
+use roster::{Held, Roster};
 use watchdog::Watchdog;
 
 mod host;
@@ -52,7 +56,7 @@ const GLANCE_NANOS: u64 = 100_000_000;
 /// Above everything that is not itself real-time; the look-out below it, so that it never holds the deadline up.
 const DEADLINE_PRIORITY: i32 = 50;
 const LOOK_OUT_PRIORITY: i32 = 40;
-/// All of a stack is locked in memory; these threads need little.
+/// What is touched of a stack is locked in memory; these threads need little.
 const STACK_BYTES: usize = 256 << 10;
 /// What is worth telling comes one at a time; more than so many at once are not read by anybody.
 const MOST_UNTOLD: usize = 64;
@@ -103,6 +107,7 @@ pub fn run(config: &GuardConfig) -> Result<(), GuardError> {
     }
     spare_from_memory_shortage();
     keep_in_memory();
+    page.write_watchdog(watchdog.is_some());
     let shared = Arc::new(Shared {
         page,
         roster: Roster::default(),
@@ -126,7 +131,11 @@ pub fn run(config: &GuardConfig) -> Result<(), GuardError> {
     let timer = Timer::boottime().map_err(failed("make a timer"))?;
     let deadline = spawn("deadline", move || {
         prefer(DEADLINE_PRIORITY);
-        Deadline { shared, timer, wake, watchdog, permit: roomy() }.run();
+        let mut deadline = Deadline { shared, timer, wake, watchdog, permit: roomy() };
+        if let Err(error) = deadline.exercise() {
+            tracing::warn!(%error, "the guard could not exercise: a slow disk may make it late");
+        }
+        deadline.run();
     })?;
     tracing::info!(data = %config.data.display(), "the guard works");
     // The look-out ends when the directory is gone; then there is nothing left to guard.
@@ -171,6 +180,26 @@ struct Deadline {
 }
 
 impl Deadline {
+    /// Goes once through all that the end of a lease takes.
+    fn exercise(&mut self) -> io::Result<()> {
+        touch_stack();
+        self.shared.page.touch();
+        let nobody = |vm| Machine { vm: VmId(vm), epoch: 0, standing: Standing::Denied };
+        self.permit.machines.extend((0..MOST_MACHINES as u64).map(nobody));
+        self.permit.machines[0].standing = Standing::Free;
+        let held = |vm: u64| {
+            let process = QemuProcess::nobody(VmId(vm))?;
+            io::Result::Ok(Arc::new(Held { process, stopped: AtomicBool::new(true) }))
+        };
+        let roster = Roster::default();
+        roster.replace(vec![held(0)?, held(1)?]);
+        let now = clock::boottime_nanos();
+        roster.enforce(&self.permit, now);
+        self.wake.ring();
+        self.timer.wait_until(now);
+        Ok(())
+    }
+
     fn run(mut self) {
         loop {
             self.shared.page.read(&mut self.permit);
@@ -205,8 +234,8 @@ fn tell_all(told: &Receiver<Event>) {
 /// What a person may want to know later.
 #[derive(Clone, Debug)]
 enum Event {
-    Stopped { vm: model::VmId, pid: u32, after_lease: Option<Duration> },
-    Continued { vm: model::VmId, pid: u32 },
+    Stopped { vm: VmId, pid: u32, after_lease: Option<Duration> },
+    Continued { vm: VmId, pid: u32 },
     Blind { why: String },
 }
 

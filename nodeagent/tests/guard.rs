@@ -39,6 +39,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Short, so that the tests are; renewed ten times in it.
 const LEASE_NANOS: u64 = 2_000_000_000;
 const SECOND: u64 = 1_000_000_000;
+/// Of this program, which is larger than a guard: with all of it locked it was more than a hundred MiB.
+const MOST_RESIDENT_KIB: u64 = 48 << 10;
 
 /// Machines 1 and 4 must not run twice, 2 may, 3 no longer belongs here; nobody has heard of 5.
 const MACHINES: [(u64, Standing); 4] =
@@ -79,6 +81,27 @@ fn guests_stop_at_the_end_of_the_lease_with_the_agent_stopped_and_go_on_when_it_
     signal(&agent, Signal::SIGCONT);
     wait("they go on when the lease is back", || !is_stopped(&guests[0]) && !is_stopped(&late));
     assert!(is_stopped(&guests[2]), "what is denied never does");
+}
+
+#[test]
+fn the_first_end_of_a_lease_meets_no_page_that_is_missing_and_the_guard_is_small() {
+    let host = Host::new();
+    let page = Page::open(&host.data()).unwrap();
+    permit(&page, LEASE_NANOS);
+    let agent = host.agent();
+    let guest = host.guest(1);
+    let guard = Process::guard(&host.data());
+    wait("the guard works", || page.sign().is_some_and(|sign| sign.is_fresh(clock::boottime_nanos())));
+    wait("it has looked at the lease", || page_faults(&guard, "deadline") > 0 && wakes(&guard, "deadline") > 3);
+    let faults = page_faults(&guard, "deadline");
+    signal(&agent, Signal::SIGSTOP);
+    wait("the exclusive guest is stopped", || is_stopped(&guest));
+    signal(&agent, Signal::SIGCONT);
+    wait("it goes on", || !is_stopped(&guest));
+    assert_eq!(page_faults(&guard, "deadline"), faults, "it had all that it needed in memory");
+    let (resident, locked) = (kib(&guard, "VmRSS"), kib(&guard, "VmLck"));
+    println!("the guard has {resident} KiB in memory, {faults} page faults before it began");
+    assert!(locked > 0 && resident < MOST_RESIDENT_KIB, "{resident} KiB, {locked} locked");
 }
 
 #[test]
@@ -184,8 +207,39 @@ fn signal(process: &Process, signal: Signal) {
     kill(Pid::from_raw(process.0.id() as i32), signal).unwrap();
 }
 
+/// Of one thread, so far: proc(5), fields 10 and 12 of its stat.
+fn page_faults(process: &Process, thread: &str) -> u64 {
+    let Some(task) = task(process, thread) else { return 0 };
+    let stat = fs::read_to_string(task.join("stat")).unwrap();
+    let fields = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace();
+    let fields: Vec<u64> = fields.map(|field| field.parse().unwrap_or(0)).collect();
+    fields[7] + fields[9]
+}
+
+/// How often a thread has waited.
+fn wakes(process: &Process, thread: &str) -> u64 {
+    task(process, thread).map_or(0, |task| number(&task.join("status"), "voluntary_ctxt_switches"))
+}
+
+fn kib(process: &Process, name: &str) -> u64 {
+    number(Path::new(&format!("/proc/{}/status", process.0.id())), name)
+}
+
+fn task(process: &Process, thread: &str) -> Option<PathBuf> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", process.0.id())).unwrap();
+    let mut tasks = tasks.map(|task| task.unwrap().path());
+    tasks.find(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end() == thread))
+}
+
 fn is_stopped(process: &Process) -> bool {
     state(process.0.id()) == Some('T')
+}
+
+/// A line of a `status` of `/proc`.
+fn number(status: &Path, name: &str) -> u64 {
+    let status = fs::read_to_string(status).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 /// A guest's state, and the moments on CLOCK_BOOTTIME between which it was read.

@@ -9,6 +9,11 @@ use std::{
 
 use nix::libc;
 
+/// The smallest that a page is.
+const PAGE_BYTES: usize = 4096;
+/// Three quarters of the stack of a thread of the guard: above it lie the frames of its start.
+const TOUCHED_STACK_BYTES: usize = super::STACK_BYTES / 4 * 3;
+
 /// Of all processes, this one last: it is small, and what it prevents is worse.
 pub fn spare_from_memory_shortage() {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
@@ -16,12 +21,22 @@ pub fn spare_from_memory_shortage() {
     }
 }
 
-/// All of this process, now and later: nothing that it needs has to be read from a disk first.
+/// Whatever this process has touched, now and later, stays: it need not be read from a disk again. The rest of the program,
+/// which is most of it, is not brought in for that.
 pub fn keep_in_memory() {
     // SAFETY: no memory is passed.
-    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } != 0 {
+    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) } != 0 {
         let error = io::Error::last_os_error();
         tracing::warn!(%error, "the guard's memory is not locked: a slow disk may make it late");
+    }
+}
+
+/// Touches the calling thread's stack as deep as the guard's threads ever go, so that no page of it is missing later.
+pub fn touch_stack() {
+    let mut space = [0u8; TOUCHED_STACK_BYTES];
+    for at in (0..space.len()).step_by(PAGE_BYTES) {
+        // SAFETY: within the array. Volatile, because nobody reads it.
+        unsafe { ptr::write_volatile(space.as_mut_ptr().add(at), 1) };
     }
 }
 

@@ -58,6 +58,21 @@ pub fn find_all(cluster: &str, dir: &Path) -> io::Result<Vec<QemuProcess>> {
 }
 
 impl QemuProcess {
+    /// No process at all: every signal to it is refused by the kernel, after the same way there.
+    ///
+    /// # Errors
+    /// When the kernel has no descriptor left.
+    pub fn nobody(vm: VmId) -> io::Result<Self> {
+        // SAFETY: no memory is passed.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this descriptor for us.
+        let handle = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self { vm, epoch: Some(0), pid: 0, start_time: 0, handle })
+    }
+
     /// Stops every thread of it, so that the guest computes, sends and writes nothing more. What it had already handed
     /// to the kernel may still reach the disk.
     ///

@@ -4,7 +4,8 @@
 //! ```text
 //! word 0           the permits written so far; the last one is in slot (that number modulo 2)
 //! slot 0, slot 1   boot, incarnation, until, number of machines, then (vm, epoch, standing) each
-//! the guard's      its process, when it last looked, what it is, number of guests that it stopped, then (pid, start) each
+//! the guard's      its process, when it last looked, what it is, number of guests that it stopped, then (pid, start) each;
+//!                  whether it feeds a watchdog
 //! ```
 //!
 //! The agent writes the slot that is not in force, then counts up: a writer that is killed in the middle leaves the old
@@ -39,7 +40,11 @@ const SLOT_HEADER: usize = 4;
 const SLOT: usize = SLOT_HEADER + 3 * MOST_MACHINES;
 const GUARD: usize = 1 + 2 * SLOT;
 const GUARD_HEADER: usize = 4;
-const WORDS: usize = GUARD + GUARD_HEADER + 2 * MOST_MACHINES;
+/// Last, so that a guard of an earlier build finds what it knows in its place.
+const WATCHDOG: usize = GUARD + GUARD_HEADER + 2 * MOST_MACHINES;
+const WORDS: usize = WATCHDOG + 1;
+/// The smallest that a page of memory is.
+const WORDS_OF_A_PAGE: usize = 4096 / size_of::<AtomicU64>();
 /// The writer comes by twice a second, so a reader is interrupted once at most, unless the file is nonsense.
 const MOST_READS: usize = 100;
 
@@ -58,6 +63,8 @@ pub struct GuardSign {
     /// Which program it is: another one should take its place.
     pub build: u64,
     pub stopped: u64,
+    /// It feeds the machine's watchdog.
+    pub watchdog: bool,
 }
 
 impl GuardSign {
@@ -154,7 +161,25 @@ impl Page {
     pub fn sign(&self) -> Option<GuardSign> {
         let word = |at: usize| self.words[GUARD + at].load(Ordering::Relaxed);
         let pid = u32::try_from(word(0)).ok().filter(|pid| *pid != 0)?;
-        Some(GuardSign { pid, looked_at: word(1), build: word(2), stopped: word(3) })
+        Some(GuardSign {
+            pid,
+            looked_at: word(1),
+            build: word(2),
+            stopped: word(3),
+            watchdog: word(WATCHDOG - GUARD) == 1,
+        })
+    }
+
+    /// Only the guard that holds the guards' lock says so.
+    pub fn write_watchdog(&self, fed: bool) {
+        self.words[WATCHDOG].store(fed.into(), Ordering::Relaxed);
+    }
+
+    /// Brings all of it into this process's memory.
+    pub fn touch(&self) {
+        for word in self.words.iter().step_by(WORDS_OF_A_PAGE).chain(self.words.last()) {
+            std::hint::black_box(word.load(Ordering::Relaxed));
+        }
     }
 
     /// Only the guard that holds the guards' lock signs.

@@ -85,7 +85,10 @@ fn the_guard_speaks_for_itself() {
     let stopped = [Stopped { pid: 7, start_time: 8 }, Stopped { pid: 9, start_time: 10 }];
     page.write_sign(17, 1000, 4);
     page.write_stopped(&stopped);
-    assert_eq!(page.sign(), Some(GuardSign { pid: 17, looked_at: 1000, build: 4, stopped: 2 }));
+    assert_eq!(page.sign(), Some(GuardSign { pid: 17, looked_at: 1000, build: 4, stopped: 2, watchdog: false }));
+    page.write_watchdog(true);
+    assert_eq!(page.sign().map(|sign| sign.watchdog), Some(true));
+    page.touch();
     assert_eq!(Page::open(dir.path()).unwrap().stopped(), stopped);
     page.write_stopped(&[]);
     assert_eq!(page.stopped(), vec![]);
