@@ -39,16 +39,14 @@ impl Tail {
 
     /// Entries from `from` on are no longer the log's.
     pub fn truncate_from(&mut self, from: u64) {
-        while let Some(last) = self.entries.pop_back_if(|last| last.log_id.index >= from) {
-            self.bytes -= size(&last);
-        }
+        let kept = self.entries.partition_point(|entry| entry.log_id.index < from);
+        self.bytes -= self.entries.drain(kept..).map(|entry| size(&entry)).sum::<usize>();
     }
 
     /// Entries up to `upto` are no longer the log's.
     pub fn purge(&mut self, upto: u64) {
-        while let Some(first) = self.entries.pop_front_if(|first| first.log_id.index <= upto) {
-            self.bytes -= size(&first);
-        }
+        let gone = self.entries.partition_point(|entry| entry.log_id.index <= upto);
+        self.bytes -= self.entries.drain(..gone).map(|entry| size(&entry)).sum::<usize>();
     }
 
     /// The entries of `range`, up to about `max_bytes` but at least one; `None` when they are not all here.
