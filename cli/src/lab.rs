@@ -6,12 +6,13 @@
 //!
 //! `cloud` is what there is, written to `cloud.json`; `process` starts and ends processes by identity; `place` is the
 //! namespaces that a command runs in; `switch` and `host` make them, `init` is the first process of a host. `act` is
-//! what can be done to its members; `up`, `down` and `hand` are the commands. Deliberately not here: anything that a real installation needs.
+//! what can be done to its members, `homes` where its machines run in truth; `up`, `down` and `hand` are the commands. Deliberately not here: anything that a real installation needs.
 
 pub mod act;
 mod cloud;
 mod down;
 mod hand;
+pub mod homes;
 mod host;
 mod init;
 pub mod member;

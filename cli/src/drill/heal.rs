@@ -68,8 +68,13 @@ impl Heal {
                 let cloud = of_up(cloud)?;
                 if runs(cloud, name) { Ok(()) } else { act::wipe(cloud, name).await.map(|_| ()) }
             }
-            Self::Plug(name) => act::set_cable(of_up(cloud)?, name, true).await,
-            Self::Continue(_, process) => process.signal(Signal::SIGCONT),
+            Self::Plug(name) => act::plug(of_up(cloud)?, name).await,
+            Self::Continue(_, process) => {
+                process.signal(Signal::SIGCONT)?;
+                // nsenter stops itself with its child. While it stands still, nobody takes in the child's end, and the
+                // host could never be switched off.
+                process.parent().map_or(Ok(()), |parent| parent.signal(Signal::SIGCONT))
+            }
             Self::DeleteVm { tenant, vm } => {
                 let body = DeleteVmRequest { tenant: tenant.clone(), vm: vm.clone(), force: false };
                 gone(tell!(client, delete_vm, body).map(|_| ()))

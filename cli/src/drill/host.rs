@@ -111,7 +111,7 @@ async fn hurt_it(stage: &mut Stage, hurt: Hurt, name: &str) -> Result<Proof> {
         }
         Hurt::Cable => {
             stage.heals.push(Heal::Plug(name.to_owned()));
-            act::set_cable(stage.cloud()?, name, false).await?;
+            act::cut(stage.cloud()?, name).await?;
             sleep(SETTLES).await;
             proof.carried = switch::carried(stage.cloud()?, name).await?;
         }

@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+pub use crate::lab::homes::Run;
+
 pub type Micros = u64;
 
 #[derive(Clone, Debug, Default, Serialize)]
@@ -71,15 +73,6 @@ pub struct StatusChange {
     pub vm: String,
     pub status: String,
     pub node: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Run {
-    Off,
-    /// Its process is there and cannot run.
-    Paused,
-    Running,
 }
 
 /// What a machine does on one host.

@@ -110,13 +110,40 @@ pub async fn power_off(cloud: &mut Cloud, name: &str) -> Result<()> {
     cloud.save()
 }
 
-/// Pulls the network cable of a member, or plugs it in again.
+/// Pulls the network cable of a member.
 ///
 /// # Errors
 /// When the members share one network.
-pub async fn set_cable(cloud: &Cloud, name: &str, connected: bool) -> Result<()> {
+pub async fn cut(cloud: &Cloud, name: &str) -> Result<()> {
+    own_network(cloud)?;
+    switch::set_port(cloud, name, false).await
+}
+
+/// Puts members on the other side of a partition: they reach each other, and nobody else.
+///
+/// # Errors
+/// When the members share one network.
+pub async fn part(cloud: &Cloud, names: &[String]) -> Result<()> {
+    own_network(cloud)?;
+    for name in names {
+        switch::part(cloud, name, true).await?;
+    }
+    Ok(())
+}
+
+/// Plugs a cable in again, on the side where most are.
+///
+/// # Errors
+/// When the members share one network.
+pub async fn plug(cloud: &Cloud, name: &str) -> Result<()> {
+    own_network(cloud)?;
+    switch::part(cloud, name, false).await?;
+    switch::set_port(cloud, name, true).await
+}
+
+fn own_network(cloud: &Cloud) -> Result<()> {
     ensure!(cloud.hypervisor == LabHypervisor::Libvirt, "members of a simulated cloud share one network");
-    switch::set_port(cloud, name, connected).await
+    Ok(())
 }
 
 /// The processes of a host that is on.

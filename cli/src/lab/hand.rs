@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use super::{
     act,
     cloud::{Cloud, LabHypervisor, Placement},
+    homes::{HomesArgs, homes},
     init,
     process::ProcessId,
 };
@@ -30,8 +31,12 @@ pub enum LabCommand {
     Poweroff(Target),
     /// Pulls the network cable of a controller or host
     Cut(Target),
-    /// Plugs it in again
+    /// Parts some from the rest: they reach each other, and nobody else
+    Part(Side),
+    /// Plugs it in again, with the rest
     Heal(Target),
+    /// Prints where each machine runs in truth: by the hosts' processes, not by the cloud
+    Homes(HomesArgs),
     /// Runs a command on a controller's or host's network, on a host also among its processes and files
     Exec(Exec),
     /// Runs a command inside a tenant network on a host
@@ -45,6 +50,15 @@ pub enum LabCommand {
 pub struct Target {
     /// c1, c2 ... or h1, h2 ...
     name: String,
+    #[command(flatten)]
+    placement: Placement,
+}
+
+#[derive(Args, Debug)]
+pub struct Side {
+    /// c1, c2 ... and h1, h2 ...
+    #[arg(required = true)]
+    names: Vec<String>,
     #[command(flatten)]
     placement: Placement,
 }
@@ -89,8 +103,10 @@ pub async fn lab(command: LabCommand) -> Result<()> {
         LabCommand::Wipe(target) => target.act(wipe).await,
         LabCommand::KillLibvirtd(target) => target.act(kill_libvirtd).await,
         LabCommand::Poweroff(target) => target.act(act::power_off).await,
-        LabCommand::Cut(target) => target.act(async |cloud, name| act::set_cable(cloud, name, false).await).await,
-        LabCommand::Heal(target) => target.act(async |cloud, name| act::set_cable(cloud, name, true).await).await,
+        LabCommand::Cut(target) => target.act(async |cloud, name| act::cut(cloud, name).await).await,
+        LabCommand::Part(side) => act::part(&Cloud::load(&side.placement.dir)?, &side.names).await,
+        LabCommand::Heal(target) => target.act(async |cloud, name| act::plug(cloud, name).await).await,
+        LabCommand::Homes(args) => homes(&args),
         LabCommand::Exec(exec) => {
             let mut cloud = Cloud::load(&exec.placement.dir)?;
             become_command(&mut cloud, &exec.name, &[], &exec.command)

@@ -91,6 +91,14 @@ impl ProcessId {
         Ok(())
     }
 
+    /// What brought it into its namespaces, or whoever else started it.
+    pub fn parent(&self) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        let parent: i32 = stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()?;
+        // The first process of the machine takes in orphans; it is nobody's way in.
+        (parent > 1).then(|| Self::of(parent)).flatten()
+    }
+
     fn children(&self) -> Vec<i32> {
         let list = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).unwrap_or_default();
         list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
@@ -216,6 +224,7 @@ mod tests {
             found = marked(dir.path());
         }
         assert_eq!(found, [process].into());
+        assert_eq!(process.parent().map(|parent| parent.pid), Some(std::process::id().cast_signed()));
         let other = ProcessId { start: process.start + 1, ..process };
         other.end(Duration::ZERO).await.unwrap();
         assert!(process.is_alive(), "a process of another start is another process");

@@ -1,4 +1,5 @@
-//! The switch that joins controllers and hosts: a bridge in a network namespace of its own, a port for each.
+//! The switch that joins controllers and hosts: a bridge in a network namespace of its own, a port for each, and a second
+//! bridge for those that are parted from the rest.
 
 use std::net::IpAddr;
 
@@ -12,6 +13,9 @@ use super::{
 };
 
 const NAME: &str = "sw";
+/// Bridges: where all are, and where those are that are parted from them.
+const UNDER: &str = "under";
+const APART: &str = "apart";
 
 /// Makes the switch.
 ///
@@ -20,9 +24,12 @@ const NAME: &str = "sw";
 pub async fn make(cloud: &Cloud) -> Result<()> {
     let switch = &cloud.namespace(NAME);
     ip(cloud, &["netns", "add", switch]).await?;
-    ip(cloud, &["-n", switch, "link", "add", "under", "type", "bridge", "forward_delay", "0", "stp_state", "0"])
-        .await?;
-    ip(cloud, &["-n", switch, "link", "set", "under", "up"]).await
+    for bridge in [UNDER, APART] {
+        let kind = ["type", "bridge", "forward_delay", "0", "stp_state", "0"];
+        ip(cloud, &[&["-n", switch, "link", "add", bridge], &kind[..]].concat()).await?;
+        ip(cloud, &["-n", switch, "link", "set", bridge, "up"]).await?;
+    }
+    Ok(())
 }
 
 /// Makes the network namespace of a controller and plugs it in.
@@ -54,6 +61,15 @@ pub async fn set_port(cloud: &Cloud, name: &str, connected: bool) -> Result<()> 
     ip(cloud, &["-n", &cloud.namespace(NAME), "link", "set", name, state]).await
 }
 
+/// Moves a port to the other side of a partition, or back: those on one side reach each other.
+///
+/// # Errors
+/// When there is no such port.
+pub async fn part(cloud: &Cloud, name: &str, apart: bool) -> Result<()> {
+    let side = if apart { APART } else { UNDER };
+    ip(cloud, &["-n", &cloud.namespace(NAME), "link", "set", name, "master", side]).await
+}
+
 /// Bytes that a port has carried so far, in and out.
 ///
 /// # Errors
@@ -77,7 +93,7 @@ async fn plug(cloud: &Cloud, port: &str, to: &str, underlay: IpAddr) -> Result<(
     let mac = octets.iter().fold(String::from("06:77"), |mac, octet| format!("{mac}:{octet:02x}"));
     let cable = ["type", "veth", "peer", "name", "under0", "address", &mac, "netns", to];
     ip(cloud, &[&["-n", switch, "link", "add", port], &cable[..]].concat()).await?;
-    ip(cloud, &["-n", switch, "link", "set", port, "master", "under", "up"]).await
+    ip(cloud, &["-n", switch, "link", "set", port, "master", UNDER, "up"]).await
 }
 
 async fn set_up(cloud: &Cloud, place: &Place, underlay: IpAddr) -> Result<()> {

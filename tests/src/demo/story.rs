@@ -62,6 +62,9 @@ pub fn all(cloud: &Cloud, teller: &mut Teller) -> Result<()> {
     teller.step("a host loses power: its machine goes on elsewhere, from its backup", || {
         recovery::power_cut(cloud, &guests[1])
     })?;
+    teller.step("the leader and a host are cut off together: nothing runs twice, nothing is written there", || {
+        recovery::wrong_side(cloud, &acme)
+    })?;
     teller.step("the bill", || bill(cloud, acme.name))
 }
 

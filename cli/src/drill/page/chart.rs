@@ -42,6 +42,7 @@ pub fn draw(seen: &Timeline, zero: Micros) -> String {
     let mut svg =
         format!("<svg viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-label=\"The drill over time\">\n");
     svg += &phases(seen, &scale, height - 30.0);
+    svg += &axis(&scale, height - 30.0);
     let mut y = TOP;
     let mut group = "";
     for lane in &lanes {
@@ -56,7 +57,6 @@ pub fn draw(seen: &Timeline, zero: Micros) -> String {
     let slices = slices(seen);
     svg += &latencies(&slices, &scale, y);
     svg += &trouble(&slices, &scale, y + GROUP + GRAPH);
-    svg += &axis(&scale, height - 30.0);
     svg += "</svg>\n";
     let missing = match left_out {
         0 => String::new(),
