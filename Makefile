@@ -12,7 +12,7 @@ export ROCKSDB_STATIC := 1
 endif
 CARGO_FLAGS := --release --locked --workspace
 
-.PHONY: help deps build demo test simulate sabotage bench jepsen fmt
+.PHONY: help deps build demo test simulate sabotage bench recovery jepsen fmt
 
 help:
 	@echo 'make demo     a whole cloud on this machine, told step by step, verified and removed again (root)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make simulate  a cloud from each of SEEDS seeds, under faults, beginning with FROM; or the story of one SEED'
 	@echo 'make sabotage  breaks the product in one place after another: does a test notice? (ONLY=part of a name)'
 	@echo 'make bench    writes, reads and failover beside etcd, machines beside plain libvirt; a table and a JSON file'
+	@echo 'make recovery  cuts the power of real hosts in namespaces TIMES times (20), and measures (root)'
 	@echo 'make jepsen   clients against real controllers under kills, pauses and partitions; a verdict'
 	@echo '              (TIME=seconds SEED=number NEMESIS=kill,pause,partition)'
 	@echo 'make build    the binaries, in $(CARGO_TARGET_DIR)/release'
@@ -54,6 +55,10 @@ sabotage:
 
 bench: build
 	@$(CARGO_TARGET_DIR)/release/bench --json $(CARGO_TARGET_DIR)/bench.json
+
+recovery: build
+	@scripts/deps demo
+	@scripts/recovery $(CARGO_TARGET_DIR)/release/trefoil $(CARGO_TARGET_DIR)/recovery $(TIMES)
 
 jepsen: build
 	@$(CARGO_TARGET_DIR)/release/trefoil-jepsen $(if $(TIME),--seconds $(TIME)) $(if $(SEED),--seed $(SEED)) $(if $(NEMESIS),--nemesis $(NEMESIS))
