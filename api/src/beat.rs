@@ -33,8 +33,8 @@ const MAGIC: [u8; 3] = *b"TB1";
 const HEADER_BYTES: usize = 12;
 const MAC_BYTES: usize = 32;
 /// Everything of a beat but its machines, at its longest encoding: six integers of 10 bytes, the option, part and
-/// parts of 5 bytes, the node status of 45 and the length of the list of 3.
-const FIXED_BODY_BYTES: usize = 60 + 1 + 10 + 45 + 3;
+/// parts of 5 bytes, the node status of 46 and the length of the list of 3.
+const FIXED_BODY_BYTES: usize = 60 + 1 + 10 + 46 + 3;
 /// What is left of a datagram for machines.
 const VM_BUDGET_BYTES: usize = MAX_DATAGRAM_BYTES - HEADER_BYTES - MAC_BYTES - FIXED_BODY_BYTES;
 

@@ -11,6 +11,7 @@ pub mod beat;
 pub mod client;
 pub mod codec;
 pub mod error;
+pub mod probe;
 pub mod session;
 pub mod tls;
 pub mod token;

@@ -14,11 +14,14 @@ use model::{Actor, Command, Rejection, Reply, Request, State, Telemetry, Timesta
 use nix::time::{ClockId, clock_gettime};
 use raft::{Committed, Proposal, ProposeError, ReadError, Replica};
 
+use crate::probe::Probes;
+
 pub(crate) struct Core {
     pub replica: Replica,
     pub authority: CertificateAuthority,
     pub identity: Identity,
     pub ears: Mutex<Telemetry>,
+    pub probes: Probes,
 }
 
 /// How long an answer waits for this replica to apply what the quorum committed.

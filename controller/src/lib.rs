@@ -16,6 +16,7 @@ mod hear;
 mod keep;
 mod lead;
 mod name;
+mod probe;
 mod replicas;
 mod run;
 mod service;

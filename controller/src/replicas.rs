@@ -27,7 +27,7 @@ const STALL: Duration = Duration::from_secs(60);
 const SYNC: Duration = Duration::from_secs(300);
 const CONSOLE: Duration = Duration::from_secs(10);
 
-fn node(core: &Core, address: &str) -> Result<NodeDataClient<Channel>, ApiError> {
+pub(crate) fn node(core: &Core, address: &str) -> Result<NodeDataClient<Channel>, ApiError> {
     let channel = tls::connect(address, tls::client_tls(&core.identity))
         .map_err(|e| ApiError::internal(format!("a node's address '{address}' cannot be used: {e}")))?;
     Ok(NodeDataClient::new(channel))

@@ -30,6 +30,7 @@ use crate::{
     core::Core,
     found::replica_config,
     hear, lead,
+    probe::{self, Probes},
     service::{MAX_REQUEST_BYTES, Service},
     session::Sessions,
 };
@@ -73,7 +74,13 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
         UdpSocket::bind(config.listen).await.with_context(|| format!("cannot listen on {} (UDP)", config.listen))?;
     let unix = unix_listener(&args.data)?;
     let replica = Replica::open(replica_config(&config, args.data.clone(), &identity)).await?;
-    let core = Arc::new(Core { replica, authority, identity, ears: Mutex::new(Telemetry::default()) });
+    let core = Arc::new(Core {
+        replica,
+        authority,
+        identity,
+        ears: Mutex::new(Telemetry::default()),
+        probes: Probes::default(),
+    });
 
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let until = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
@@ -87,6 +94,7 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
     let nonce = u64::from_le_bytes(random()?[..8].try_into().context("eight of 32 bytes")?) | 1;
     tokio::spawn(hear::listen(core.clone(), udp, nonce));
     tokio::spawn(lead::lead(core.clone()));
+    tokio::spawn(probe::look(core.clone()));
     tracing::info!(controller = config.id, name = config.name, cluster = config.cluster, listen = %config.listen, "running");
 
     shutdown.await;

@@ -64,6 +64,7 @@ pub(crate) fn node(state: &State, ears: &Telemetry, node: &Node) -> proto::Node 
     let heard = ears.nodes.get(&node.id).filter(|heard| heard.incarnation == node.incarnation);
     let status = heard.map(|heard| heard.status.clone()).unwrap_or_default();
     let reserved = state.reserved(node.id);
+    let rate = heard.and_then(|heard| heard.drift.rate());
     proto::Node {
         id: node.id.to_string(),
         name: node.name.clone(),
@@ -94,6 +95,12 @@ pub(crate) fn node(state: &State, ears: &Telemetry, node: &Node) -> proto::Node 
         disk_used_bytes: status.disk_used_bytes,
         summary_cpu_permille_mean: node.summary.as_ref().map_or(0, |summary| summary.cpu_permille_mean),
         summary_to_millis: node.summary.as_ref().map_or(0, |summary| summary.to.0),
+        clock_drifts: node.clock_drifts,
+        watchdog: status.watchdog,
+        clock_ppm: rate.map_or(0, |rate| rate.ppm),
+        clock_uncertainty_ppm: rate.map_or(0, |rate| rate.uncertainty_ppm),
+        clock_span_millis: rate.map_or(0, |rate| rate.span_nanos / 1_000_000),
+        probes: Vec::new(),
     }
 }
 

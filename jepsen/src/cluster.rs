@@ -237,6 +237,20 @@ impl Cluster {
         Ok(process.kill()?)
     }
 
+    /// SIGSTOP; true when the kernel shows it as stopped.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn pause_agent(&self, agent: usize) -> anyhow::Result<bool> {
+        Ok(self.agents[agent].process.as_ref().context("it does not run")?.pause()?)
+    }
+
+    /// # Errors
+    /// When it does not run.
+    pub fn resume_agent(&self, agent: usize) -> anyhow::Result<()> {
+        Ok(self.agents[agent].process.as_ref().context("it does not run")?.resume()?)
+    }
+
     /// # Errors
     /// When the binary cannot be started.
     pub fn restart_agent(&mut self, agent: usize) -> anyhow::Result<()> {

@@ -175,6 +175,7 @@ impl State {
             C::BackUpDueVm { vm } => self.back_up_due_vm(m, *vm),
             C::PlaceRehearsal { image, node } => self.place_rehearsal(m, *image, *node),
             C::ExpireRehearsal { image } => self.expire_rehearsal(m, *image),
+            C::SetNodeClock { node, drifts } => self.set_node_clock(*node, *drifts),
             C::AddReplica { image, node } => self.add_replica(*image, *node),
         }
     }

@@ -320,6 +320,8 @@ pub enum PlannerCommand {
     PlaceRehearsal { image: ImageId, node: NodeId },
     /// Nobody has said in time what became of it.
     ExpireRehearsal { image: ImageId },
+    /// Its clock was measured: beyond what a lease allows for, or surely within it again.
+    SetNodeClock { node: NodeId, drifts: bool },
 }
 
 /// One line each, so that a plan can be read.
@@ -346,6 +348,8 @@ impl fmt::Display for PlannerCommand {
             Self::BackUpDueVm { vm } => write!(f, "back up {vm}"),
             Self::PlaceRehearsal { image, node } => write!(f, "rehearse {image} on {node}"),
             Self::ExpireRehearsal { image } => write!(f, "give up the rehearsal of {image}"),
+            Self::SetNodeClock { node, drifts: true } => write!(f, "the clock of {node} drifts"),
+            Self::SetNodeClock { node, drifts: false } => write!(f, "the clock of {node} is fit again"),
             Self::AddReplica { image, node } => write!(f, "copy {image} to {node}"),
         }
     }

@@ -107,6 +107,8 @@ pub struct Node {
     pub cordoned: bool,
     /// An operator works on it: it may be away, and what is on it waits for it.
     pub maintenance: bool,
+    /// Its clock runs off by more than a lease allows for: it takes no machine that must not run twice.
+    pub clock_drifts: bool,
     /// Rises with every change of what the host should do; the agent refuses an older assignment.
     pub generation: u64,
     /// Rises with every start of the agent: reports and heartbeats of an earlier one are refused.

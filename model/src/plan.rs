@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     Capacity, Command, ImageId, Node, NodeId, NodeState, PlannerCommand, ReplicaState, State, Telemetry, Timestamp, Vm,
-    setting,
+    setting, telemetry::Fitness,
 };
 
 mod rehearsal;
@@ -26,6 +26,7 @@ const REPLICA_PAUSE_MILLIS: u64 = 10 * 60_000;
 /// Everything that should be proposed at `now` (the leader's wall clock).
 pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
     let mut commands = silence(state, telemetry);
+    commands.extend(clocks(state, telemetry));
     commands.extend(recover(state));
     commands.extend(due(state, now));
     let machines = place(state, telemetry);
@@ -60,6 +61,16 @@ fn silence(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
             NodeState::Silent if heard => Some(PlannerCommand::SetNodeSilent { node: id, incarnation, silent: false }),
             _ => None,
         }
+    };
+    state.nodes().values().filter_map(judge).take(BATCH).collect()
+}
+
+/// Nodes on whose clock no lease may be counted any more, or may again.
+fn clocks(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
+    let judge = |node: &Node| match telemetry.nodes.get(&node.id)?.drift.fitness() {
+        Fitness::Unfit if !node.clock_drifts => Some(PlannerCommand::SetNodeClock { node: node.id, drifts: true }),
+        Fitness::Fit if node.clock_drifts => Some(PlannerCommand::SetNodeClock { node: node.id, drifts: false }),
+        Fitness::Unfit | Fitness::Fit | Fitness::Open => None,
     };
     state.nodes().values().filter_map(judge).take(BATCH).collect()
 }
@@ -138,7 +149,7 @@ fn idlest(
     let mut open: Vec<(u64, usize, NodeId)> = Vec::new();
     for node in state.nodes().values() {
         let (extra, more) = promised.get(&node.id).copied().unwrap_or_default();
-        if let Err(refusal) = state.has_room(node, vm.size.plus(extra)) {
+        if let Err(refusal) = state.may_hold(node, vm, vm.size.plus(extra)) {
             let crate::Rejection::NoRoom { reason, .. } = refusal else { continue };
             *refusals.entry(reason).or_default() += 1;
             continue;

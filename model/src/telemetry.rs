@@ -9,6 +9,10 @@ use crate::{
     lease::{self, Grant},
 };
 
+pub use drift::{Drift, Fitness, Rate};
+
+mod drift;
+
 /// By node. Times are nanoseconds of this controller's CLOCK_BOOTTIME, which nobody steps.
 #[derive(Clone, Debug, Default)]
 pub struct Telemetry {
@@ -72,6 +76,12 @@ impl Telemetry {
         Some(grant)
     }
 
+    /// A beat of `node` was heard that it sent at `sent` on its own CLOCK_BOOTTIME: its clock is compared with ours.
+    pub fn compare_clocks(&mut self, node: NodeId, sent: u64) {
+        let clock = self.clock;
+        self.nodes.entry(node).or_default().drift.note(clock, sent);
+    }
+
     /// A session of the node opens here: its silence is counted from now.
     pub fn greet(&mut self, node: NodeId) {
         let heard = self.nodes.entry(node).or_default();
@@ -94,6 +104,7 @@ pub struct Heard {
     /// The incarnation that is about to be declared lost.
     pub condemned: Option<u64>,
     pub incarnation: u64,
+    pub drift: Drift,
     pub status: NodeStatus,
     pub vms: BTreeMap<VmId, VmStatus>,
 }
@@ -107,6 +118,8 @@ pub struct NodeStatus {
     pub memory_total_bytes: u64,
     pub disk_used_bytes: u64,
     pub disk_total_bytes: u64,
+    /// Its guard feeds a watchdog, which resets the host when guard, agent and kernel hang together.
+    pub watchdog: bool,
 }
 
 /// One machine's status as heartbeats carry it.

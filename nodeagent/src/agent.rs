@@ -328,7 +328,9 @@ async fn sample_node(host: Arc<Host>, outbox: Arc<Outbox>) -> Result<()> {
         tick.tick().await;
         let hypervisor = host.hypervisor.clone();
         match spawn_blocking(move || hypervisor.node_status()).await? {
-            Ok(status) => {
+            Ok(mut status) => {
+                let sign = host.leases.page().sign().filter(|sign| sign.is_fresh(clock::boottime_nanos()));
+                status.watchdog = sign.is_some_and(|sign| sign.watchdog);
                 if let Some(summary) = period.add(clock::boottime_millis(), clock::wall(), &status) {
                     outbox.summary(summary);
                 }

@@ -8,10 +8,11 @@ use std::{io::Read, io::Seek, io::SeekFrom, pin::Pin, sync::Arc};
 
 use api::{
     error::ApiError,
+    probe,
     proto::{
         Chunk, ConsoleLogReply, DescribeArrivalReply, DescribeArrivalRequest, Done, GetImageBytesRequest,
-        GuestConsoleLogRequest, ListQuarantineReply, ListQuarantineRequest, PutImageRequest, QuarantineEntry,
-        RelayRequest, node_data_server::NodeData, put_image_request::Part,
+        GuestConsoleLogRequest, ListQuarantineReply, ListQuarantineRequest, ProbeReply, ProbeRequest, PutImageRequest,
+        QuarantineEntry, RelayRequest, node_data_server::NodeData, put_image_request::Part,
     },
     tls::peer_identity,
 };
@@ -35,17 +36,20 @@ use crate::{
 
 /// Transfers at once: each holds 2 MB of chunks, and a disk serves few readers better than many.
 const MOST_TRANSFERS: usize = 16;
+/// Probes at once: one for each controller that a quorum may have. A host must not be made to knock at many doors.
+const MOST_PROBES: usize = 8;
 /// The most of a console that one call gives: what a person reads, and less than one gRPC message may be.
 const MOST_CONSOLE_BYTES: u32 = 1 << 20;
 
 pub struct DataService {
     host: Arc<Host>,
     transfers: Arc<Semaphore>,
+    probing: Semaphore,
 }
 
 impl DataService {
     pub fn new(host: Arc<Host>) -> Self {
-        Self { host, transfers: Arc::new(Semaphore::new(MOST_TRANSFERS)) }
+        Self { host, transfers: Arc::new(Semaphore::new(MOST_TRANSFERS)), probing: Semaphore::new(MOST_PROBES) }
     }
 
     fn transfer(&self) -> Result<OwnedSemaphorePermit, Status> {
@@ -162,6 +166,14 @@ impl NodeData for DataService {
         }
     }
 
+    async fn probe(&self, request: Request<ProbeRequest>) -> Result<Response<ProbeReply>, Status> {
+        check_controller(&request)?;
+        let address = request.into_inner().address;
+        let busy = |_| ApiError::overloaded(format!("this host has {MOST_PROBES} probes under way already"));
+        let _probe = self.probing.try_acquire().map_err(busy)?;
+        Ok(Response::new(ProbeReply { reason: probe::reach(&address).await.err().unwrap_or_default() }))
+    }
+
     async fn describe_arrival(
         &self,
         request: Request<DescribeArrivalRequest>,
@@ -173,6 +185,14 @@ impl NodeData for DataService {
 
     async fn relay(&self, request: Request<Streaming<RelayRequest>>) -> Result<Response<Self::RelayStream>, Status> {
         relay::serve(&self.host.arrivals, request).await.map(Response::new)
+    }
+}
+
+fn check_controller<T>(request: &Request<T>) -> Result<(), Status> {
+    match peer_identity(request) {
+        Some(name) if name.starts_with("controller-") => Ok(()),
+        Some(name) => Err(ApiError::forbidden(format!("{name} may not ask a host to probe")).into()),
+        None => Err(ApiError::unauthenticated("a certificate of this cloud is needed").into()),
     }
 }
 

@@ -170,6 +170,7 @@ impl Agent {
             memory_total_bytes: host.capacity.memory_bytes,
             disk_used_bytes: 0,
             disk_total_bytes: host.capacity.disk_bytes,
+            watchdog: false,
         }
     }
 

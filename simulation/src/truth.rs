@@ -7,7 +7,13 @@ use model::{Capacity, NodeId, NodeState, VmId};
 use crate::{cloud::Cloud, coverage, host::Guest};
 
 pub fn look(cloud: &mut Cloud) {
-    for rule in [no_exclusive_machine_runs_twice, no_lease_outlives_its_host, hosts_hold_what_they_can] {
+    let rules = [
+        no_exclusive_machine_runs_twice,
+        no_lease_outlives_its_host,
+        hosts_hold_what_they_can,
+        good_clocks_are_believed,
+    ];
+    for rule in rules {
         if let Err(what) = rule(cloud) {
             cloud.around.broken(what);
         }
@@ -46,6 +52,12 @@ fn no_lease_outlives_its_host(cloud: &Cloud) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Every clock here runs within the bound, whatever is done to the beats.
+fn good_clocks_are_believed(cloud: &Cloud) -> Result<(), String> {
+    let blamed = cloud.around.quorum.state.nodes().values().find(|node| node.clock_drifts);
+    blamed.map_or(Ok(()), |node| Err(format!("the clock of {} is said to drift", node.id)))
 }
 
 /// The guests of current placements fit into their host. Stale ones may be beside them until they are set aside.

@@ -59,6 +59,7 @@ fn a_host_full_of_the_largest_machines_is_split_into_datagrams_that_fit() {
         memory_total_bytes: full,
         disk_used_bytes: full,
         disk_total_bytes: full,
+        watchdog: true,
     };
     let parts = split_status(&node, &vms);
     assert_eq!(parts.iter().map(|part| part.vms.len()).sum::<usize>(), 300);

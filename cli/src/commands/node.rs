@@ -2,7 +2,7 @@
 
 use api::{
     error::ApiError,
-    proto::{CordonNodeRequest, ListNodesReply, MaintainNodeRequest, Node, RemoveNodeRequest},
+    proto::{CordonNodeRequest, ListNodesReply, MaintainNodeRequest, Node, Probe, RemoveNodeRequest},
 };
 use clap::Subcommand;
 use serde_json::json;
@@ -135,6 +135,9 @@ fn describe(node: &Node) -> String {
             ("memory used", size_text(node.memory_used_bytes)),
             ("disk used", size_text(node.disk_used_bytes)),
             ("heard", heard(node)),
+            ("probed", probes(node)),
+            ("clock", clock(node)),
+            ("watchdog", watchdog(node)),
             ("last summary", summary.unwrap_or_default()),
             ("generation", node.generation.to_string()),
             ("incarnation", node.incarnation.to_string()),
@@ -156,6 +159,36 @@ fn heard(node: &Node) -> String {
     }
 }
 
+fn probes(node: &Node) -> String {
+    let line = |probe: &Probe| {
+        let found = if probe.reason.is_empty() { "reached it" } else { &probe.reason };
+        format!("{}: {found}, {} ago", probe.from, duration_text(probe.age_millis))
+    };
+    node.probes.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+fn clock(node: &Node) -> String {
+    let measured = match node.clock_span_millis {
+        0 => "not measured yet".into(),
+        span => {
+            let (ppm, give_or_take) = (node.clock_ppm, node.clock_uncertainty_ppm);
+            format!("{ppm:+} ppm beside the controller's, ± {give_or_take}, over {}", duration_text(span))
+        }
+    };
+    match node.clock_drifts {
+        true => format!("drifts beyond what a lease allows for: no exclusive machines go there ({measured})"),
+        false => measured,
+    }
+}
+
+fn watchdog(node: &Node) -> String {
+    match (node.last_beat_age_millis, node.watchdog) {
+        (u64::MAX, _) => String::new(),
+        (_, true) => "fed by the guard".into(),
+        (_, false) => "none: when agent, guard and kernel hang together, exclusive machines on it may go on".into(),
+    }
+}
+
 fn percent(permille: u32) -> String {
     format!("{}.{}%", permille / 10, permille % 10)
 }
@@ -163,6 +196,21 @@ fn percent(permille: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_node_lacks_is_told_with_what_it_costs() {
+        let probe = |from: &str, reason: &str| Probe { from: from.into(), reason: reason.into(), age_millis: 1000 };
+        let probes = vec![probe("controller-1", "no answer"), probe("rack2", "")];
+        let node = Node { clock_drifts: true, clock_ppm: -9_000, clock_span_millis: 60_000, probes, ..Node::default() };
+        let text = describe(&node);
+        for part in
+            ["controller-1: no answer, 1s ago", "rack2: reached it", "no exclusive machines", "-9000 ppm", "none: when"]
+        {
+            assert!(text.contains(part), "'{part}' is not in {text}");
+        }
+        let well = describe(&Node { watchdog: true, ..Node::default() });
+        assert!(well.contains("fed by the guard") && well.contains("not measured yet"), "{well}");
+    }
 
     #[test]
     fn a_node_reads_well_as_a_row() {

@@ -10,6 +10,7 @@ use crate::{
     context::{Context, change, read},
     moment::moment_text,
     output::{self, Rows},
+    quantity::duration_text,
 };
 
 #[derive(Debug, Subcommand)]
@@ -62,7 +63,19 @@ fn describe(status: &RecoveryStatus) -> String {
         )
     });
     let lost: String = lost.collect();
-    format!("recovery   {brake}{lost}\nwaiting    {} machines", status.waiting.len())
+    let suspects = status.suspects.iter().map(|node| {
+        let heard = match node.last_beat_age_millis {
+            u64::MAX => "never heard".into(),
+            age => format!("heard {} ago", duration_text(age)),
+        };
+        let verdict = if node.verdict.is_empty() { String::new() } else { format!("; {}", node.verdict) };
+        format!("\nunheard    {} ({}), {heard}{verdict}", node.name, node.state)
+    });
+    let suspects: String = suspects.collect();
+    let drifting =
+        status.drifting.iter().map(|name| format!("\nclock      of {name} drifts: no exclusive machines go there"));
+    let drifting: String = drifting.collect();
+    format!("recovery   {brake}{lost}{suspects}{drifting}\nwaiting    {} machines", status.waiting.len())
 }
 
 fn table(waiting: &[Waiting]) -> Rows {
@@ -95,9 +108,18 @@ mod tests {
             frozen_lost: 3,
             lost: vec![lost],
             waiting: vec![Waiting::default()],
+            suspects: vec![api::proto::SuspectNode {
+                name: "rack2".into(),
+                state: "silent".into(),
+                last_beat_age_millis: 3000,
+                verdict: "answers nobody: not controller-1".into(),
+            }],
+            drifting: vec!["rack3".into()],
             ..RecoveryStatus::default()
         };
         let text = describe(&status);
+        assert!(text.contains("rack2 (silent), heard 3s ago; answers nobody"), "{text}");
+        assert!(text.contains("clock      of rack3 drifts"), "{text}");
         assert!(text.contains("3 nodes were lost at once") && text.contains("recovery arm"), "{text}");
         assert!(text.contains("rack1") && text.contains("3 machines on it") && text.contains("1 machines"), "{text}");
     }

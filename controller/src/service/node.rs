@@ -7,7 +7,7 @@ use model::{Command, NodeId, OperatorCommand, State};
 use tonic::Request;
 
 use super::{Service, page};
-use crate::{access, access::Caller, name, view};
+use crate::{access, access::Caller, core::boottime, name, probe::Probed, view};
 
 impl Service {
     pub(super) async fn node_list(
@@ -66,7 +66,15 @@ impl Service {
 
     fn node_shown(&self, state: &State, name: &str) -> Result<proto::Node, ApiError> {
         let node = name::node(state, name)?;
-        Ok(self.core.hear(|ears| view::node(state, ears, node)))
+        let shown = self.core.hear(|ears| view::node(state, ears, node));
+        let found = self.core.probes.of(node.id);
+        let age_millis = |probed: &Probed| boottime().saturating_sub(probed.at) / 1_000_000;
+        let probe = |(from, found): &(String, Result<(), String>), age_millis| {
+            let reason = found.clone().err().unwrap_or_default();
+            proto::Probe { from: from.clone(), reason, age_millis }
+        };
+        let probes = found.iter().flat_map(|probed| probed.by.iter().map(|found| probe(found, age_millis(probed))));
+        Ok(proto::Node { probes: probes.collect(), ..shown })
     }
 }
 

@@ -1,11 +1,16 @@
 //! Lost hosts, the brake, and what waits for a host or for another try.
 
 use api::{error::ApiError, proto};
-use model::{Brake, Command, NodeState, OperatorCommand, State, Timestamp};
+use model::{Brake, Command, Node, NodeState, OperatorCommand, State, Telemetry, Timestamp};
 use tonic::Request;
 
 use super::Service;
-use crate::{access, access::Caller, view};
+use crate::{
+    access,
+    access::Caller,
+    probe::{self, Probes},
+    view,
+};
 
 /// What one answer lists at most; more waiting machines than this are one problem, not many.
 const MOST_LISTED: usize = 1_000;
@@ -17,7 +22,7 @@ impl Service {
     ) -> Result<proto::RecoveryStatus, ApiError> {
         access::caller(&self.core, &request).await?.must_be_operator()?;
         let stale = request.into_inner().stale;
-        let (status, read_at) = self.core.read(stale.into(), shown).await?;
+        let (status, read_at) = self.core.read(stale.into(), |state| self.recovery_shown(state)).await?;
         Ok(proto::RecoveryStatus { read_at: Some(read_at), ..status })
     }
 
@@ -31,8 +36,25 @@ impl Service {
         };
         let (_, index, _) = self.change("ArmRecovery", &request, make).await?;
         self.core.applied(index).await?;
-        Ok(self.core.replica.read(shown))
+        Ok(self.core.replica.read(|state| self.recovery_shown(state)))
     }
+
+    fn recovery_shown(&self, state: &State) -> proto::RecoveryStatus {
+        let suspects = self.core.hear(|ears| suspects(state, ears, &self.core.probes));
+        let drifting = state.nodes().values().filter(|node| node.clock_drifts).map(|node| node.name.clone()).collect();
+        proto::RecoveryStatus { suspects, drifting, ..shown(state) }
+    }
+}
+
+/// Nodes that are not heard, and what a closer look at them said.
+fn suspects(state: &State, ears: &Telemetry, probes: &Probes) -> Vec<proto::SuspectNode> {
+    let missed = state.nodes().values().filter(|node| probe::is_suspect(ears, node));
+    let row = |node: &Node| {
+        let proto::Node { name, state, last_beat_age_millis, .. } = view::node(state, ears, node);
+        let verdict = probes.of(node.id).as_ref().map(probe::verdict).unwrap_or_default();
+        proto::SuspectNode { name, state, last_beat_age_millis, verdict }
+    };
+    missed.take(MOST_LISTED).map(row).collect()
 }
 
 fn shown(state: &State) -> proto::RecoveryStatus {
@@ -66,5 +88,7 @@ fn shown(state: &State) -> proto::RecoveryStatus {
             .collect(),
         waiting: waiting.collect(),
         read_at: None,
+        suspects: Vec::new(),
+        drifting: Vec::new(),
     }
 }

@@ -38,6 +38,7 @@ impl State {
             state: NodeState::Joined,
             cordoned: false,
             maintenance: false,
+            clock_drifts: false,
             generation: 0,
             incarnation: 0,
             certificate: Digest::default(),
@@ -105,6 +106,10 @@ impl State {
                 node.changed_at = now;
             }
         })
+    }
+
+    pub(super) fn set_node_clock(&mut self, id: NodeId, drifts: bool) -> Applied {
+        self.changed_node(id, |node| node.clock_drifts = drifts)
     }
 
     pub(super) fn cordon_node(&mut self, id: NodeId, cordoned: bool) -> Applied {

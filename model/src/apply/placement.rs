@@ -1,7 +1,10 @@
 //! What the planners propose about machines; everything they assumed is checked again here.
 
 use super::{Applied, Moment, check};
-use crate::{Node, NodeId, NodeState, Noun, Phase, Placement, Rejection, Reply, State, Status, VmId, Wanted, setting};
+use crate::{
+    Node, NodeId, NodeState, Noun, Phase, Placement, Recovery, Rejection, Reply, State, Status, Vm, VmId, Wanted,
+    setting,
+};
 
 impl State {
     pub(super) fn place_vm(&mut self, m: Moment, id: VmId, node: NodeId) -> Applied {
@@ -10,7 +13,7 @@ impl State {
             return Err(Rejection::Stale(format!("{id} does not wait for a node")));
         }
         let host = self.nodes.get(&node).ok_or_else(|| check::missing(Noun::Node, node))?;
-        self.has_room(host, vm.size)?;
+        self.may_hold(host, vm, vm.size)?;
         let mut vm = vm.clone();
         vm.placement = Some(Placement { node, epoch: m.index });
         vm.phase = None;
@@ -22,6 +25,15 @@ impl State {
         vm.changed_at = m.now;
         self.put_vm(vm);
         Ok(Reply::Node(node))
+    }
+
+    /// Why this machine may not go to this node. `size`: its own, and what else is about to go there.
+    pub(crate) fn may_hold(&self, node: &Node, vm: &Vm, size: crate::Capacity) -> Result<(), Rejection> {
+        self.has_room(node, size)?;
+        if node.clock_drifts && vm.recovery == Recovery::Exclusive {
+            return Err(Rejection::NoRoom { node: node.name.clone(), reason: "its clock drifts".into() });
+        }
+        Ok(())
     }
 
     /// Why a machine of this size may not go to this node.

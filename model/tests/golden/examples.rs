@@ -61,6 +61,7 @@ pub fn name(command: &Command) -> &'static str {
         Command::Planner(P::BackUpDueVm { .. }) => "planner.back-up-due-vm",
         Command::Planner(P::PlaceRehearsal { .. }) => "planner.place-rehearsal",
         Command::Planner(P::ExpireRehearsal { .. }) => "planner.expire-rehearsal",
+        Command::Planner(P::SetNodeClock { .. }) => "planner.set-node-clock",
         Command::Planner(P::AddReplica { .. }) => "planner.add-replica",
     }
 }
@@ -202,6 +203,7 @@ fn end() -> Vec<Command> {
         Command::Planner(PlannerCommand::RetryVm { vm }),
         Command::Planner(PlannerCommand::ExpireVm { vm }),
         Command::Planner(PlannerCommand::SetNodeSilent { node: node_id, incarnation: 1, silent: true }),
+        Command::Planner(PlannerCommand::SetNodeClock { node: node_id, drifts: true }),
         Command::Planner(PlannerCommand::RetireController { controller: ControllerId(2) }),
         tenant_asks(TenantCommand::SetVmBackup { vm, every_millis: 86_400_000, keep: 7 }),
         Command::Planner(PlannerCommand::BackUpDueVm { vm }),

@@ -261,7 +261,8 @@ impl Source {
     fn hasty_planner(&mut self, state: &State, r: &mut Reader) -> Entry {
         let (vm, node) = (self.machine(state, r), NodeId(r.below(5) as u64));
         let image = ImageId(1 + r.below(5) as u64);
-        let command = match r.below(11) {
+        let command = match r.below(12) {
+            11 => PlannerCommand::SetNodeClock { node, drifts: r.one_in(2) },
             9 => PlannerCommand::PlaceRehearsal { image, node },
             10 => PlannerCommand::ExpireRehearsal { image },
             7 => PlannerCommand::DeclareLost { node, incarnation: r.below(3) as u64 },

@@ -95,6 +95,7 @@ impl Story {
             ("assignment", _) => self.assignment(&line),
             (node, Some("reports")) => self.report(node, &line),
             (node, Some("attaches")) => self.attach(node, &line),
+            (node, Some("runs")) => self.clock(node, &line),
             (node, Some("falls")) => {
                 self.unheard.insert(node.into());
                 Ok(String::new())
@@ -183,6 +184,18 @@ impl Story {
         let (hypervisor, capacity) = (HypervisorKind::Qemu, line.size(8)?);
         let command = NodeCommand::Attach { node, address, underlay, hypervisor, capacity };
         Ok(self.said(Actor::Node(node), None, Command::Node(command)))
+    }
+
+    /// `alpha runs 10000 ppm for 300s`: its beats, heard for so long by a clock that is right.
+    fn clock(&mut self, name: &str, line: &Line) -> Told {
+        let ppm: i64 = line.word(2)?.parse().map_err(|_| "the rate is no number")?;
+        let (node, length) = (self.host(name)?.id, millis(line.word(5)?)? * 1_000_000);
+        let drift = &mut self.telemetry.nodes.entry(node).or_default().drift;
+        *drift = telemetry::Drift::default();
+        for at in (0..length).step_by(lease::BEAT_NANOS as usize) {
+            drift.note(at, 1_000_000_000_000 + at.saturating_add_signed(at as i64 / 1_000_000 * ppm));
+        }
+        Ok(String::new())
     }
 
     fn plan(&mut self) -> Told {
@@ -343,6 +356,9 @@ impl Story {
             "untag" => {
                 let (tenant, key) = self.owned(noun)?;
                 TenantCommand::DeleteTag { tenant, key: key.into(), expected: None }
+            }
+            "recovery" => {
+                TenantCommand::SetVmRecovery { vm: self.machine(noun)?, recovery: line.word(2)?.parse()?, priority: 0 }
             }
             "delete" => TenantCommand::DeleteVm { vm: self.machine(noun)?, force: line.has("force") },
             other => return Err(format!("'{other}' is no command")),

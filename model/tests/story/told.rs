@@ -15,7 +15,9 @@ pub fn picture(state: &State) -> Picture {
             (_, true) => ", in maintenance",
             _ => "",
         };
-        let line = format!("{} {} is {}{cordoned}", node.id, node.name, format!("{:?}", node.state).to_lowercase());
+        let drifts = if node.clock_drifts { ", its clock drifts" } else { "" };
+        let state = format!("{:?}", node.state).to_lowercase();
+        let line = format!("{} {} is {state}{cordoned}{drifts}", node.id, node.name);
         picture.insert(format!("node {}", node.id), line);
     }
     for image in state.images().values() {

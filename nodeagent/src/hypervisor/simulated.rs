@@ -249,6 +249,7 @@ impl Hypervisor for Simulated {
             memory_total_bytes: all.memory_bytes,
             disk_used_bytes: disk.min(all.disk_bytes),
             disk_total_bytes: all.disk_bytes,
+            watchdog: false,
         })
     }
 

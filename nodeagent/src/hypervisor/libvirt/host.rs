@@ -42,7 +42,14 @@ pub fn status(dir: &Path, earlier: CpuTicks, now: CpuTicks) -> Result<NodeStatus
     let (memory_total_bytes, memory_used_bytes) = memory()?;
     let (disk_total_bytes, disk_used_bytes) = disk(dir)?;
     let cpu_permille = permille(earlier, now);
-    Ok(NodeStatus { cpu_permille, memory_used_bytes, memory_total_bytes, disk_used_bytes, disk_total_bytes })
+    Ok(NodeStatus {
+        cpu_permille,
+        memory_used_bytes,
+        memory_total_bytes,
+        disk_used_bytes,
+        disk_total_bytes,
+        watchdog: false,
+    })
 }
 
 fn memory_for_guests(total: u64) -> u64 {
