@@ -19,6 +19,9 @@ pub fn init(command: &Command) {
         EnvFilter::new("info")
     });
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // A line that cannot be written, because the disk is full, is lost. Told about it, the library would panic on the same
+    // stream, in whatever thread had something to say.
+    let subscriber = subscriber.log_internal_errors(false);
     // A second logger can only come from a test that runs several commands in one process; the first one stays.
     let _ = if command.logs_json() {
         subscriber.json().try_init()

@@ -3,7 +3,7 @@
 //! A failed write or sync is never retried. The kernel marks the pages of a failed sync clean, so that a second sync
 //! succeeds without having written anything; only a restart, which reads what is really there, can be believed.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{io::Write, path::PathBuf, sync::Arc};
 
 use crate::record::BadRecord;
 
@@ -14,7 +14,8 @@ pub type OnFailure = Arc<dyn Fn(&StorageError) + Send + Sync>;
 pub fn abort() -> OnFailure {
     Arc::new(|error| {
         tracing::error!(%error, "the disk failed; this controller stops so that it cannot acknowledge what is not stored");
-        eprintln!("storage failed: {error}; stopping");
+        // Not `eprintln!`: where the log is on the disk that failed it would panic, and this process would go on.
+        let _ = writeln!(std::io::stderr(), "storage failed: {error}; stopping");
         std::process::abort();
     })
 }

@@ -175,6 +175,7 @@ fn drills_prove_what_they_say() {
     let up = Up::begin();
     refusals(&up);
     killed_leader(&up);
+    full_disk(&up);
     let (vm, _) = furnish(&up);
     cut_power(&up, &vm);
     not_injected(&up);
@@ -204,6 +205,14 @@ fn killed_leader(up: &Up) {
     assert!(measured(&outcome.0, "first write acknowledged") > 0);
     let page = fs::read_to_string(page).unwrap();
     assert!(page.contains("<svg") && page.contains("<strong>simulated</strong>"));
+    up.whole();
+}
+
+/// Also its log cannot be written then; it must stop all the same.
+fn full_disk(up: &Up) {
+    let outcome = up.drill(&["disk-full"]);
+    passed(&outcome);
+    assert!(measured(&outcome.0, "stopped on a full disk") > 0);
     up.whole();
 }
 

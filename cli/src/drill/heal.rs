@@ -2,14 +2,16 @@
 //!
 //! Each succeeds when there is nothing to heal.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use anyhow::{Context, Result};
 use api::{
     client::Client,
+    error::ApiError,
     proto::{DeleteVmRequest, NamedRef},
 };
 use nix::sys::signal::Signal;
+use tokio::time::{Instant, sleep};
 
 use super::ask::{tell, unless};
 use crate::lab::{Cloud, act, member, process::ProcessId};
@@ -58,10 +60,29 @@ impl fmt::Display for Heal {
     }
 }
 
+/// What is deleted holds what it was made from until its host says that it is gone.
+const IN_USE: Duration = Duration::from_secs(60);
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
 impl Heal {
+    /// Heals, and waits for what is still in use.
+    ///
     /// # Errors
     /// With one sentence.
-    pub async fn apply(&self, cloud: Option<&mut Cloud>, client: &Client) -> Result<()> {
+    pub async fn apply(&self, mut cloud: Option<&mut Cloud>, client: &Client) -> Result<()> {
+        let asked = Instant::now();
+        loop {
+            let outcome = self.attempt(cloud.as_deref_mut(), client).await;
+            let Err(error) = &outcome else { return Ok(()) };
+            let in_use = error.downcast_ref::<ApiError>().is_some_and(|error| error.code == "in-use");
+            if !in_use || asked.elapsed() > IN_USE {
+                return outcome;
+            }
+            sleep(TRY_AGAIN).await;
+        }
+    }
+
+    async fn attempt(&self, cloud: Option<&mut Cloud>, client: &Client) -> Result<()> {
         match self {
             Self::Start(name) => start(of_up(cloud)?, name).await,
             Self::Rejoin(name) => {
@@ -118,6 +139,6 @@ fn named(tenant: &str, name: &str) -> NamedRef {
 }
 
 /// What is not there need not be deleted.
-fn gone(outcome: Result<(), api::error::ApiError>) -> Result<()> {
+fn gone(outcome: Result<(), ApiError>) -> Result<()> {
     Ok(unless("not-found", outcome)?)
 }

@@ -84,6 +84,7 @@ pub async fn controller_wipe(stage: &mut Stage) -> Result<()> {
         gone(stage, &name, process);
         sleep(stage.hold).await;
         let new = act::wipe(stage.cloud()?, &name).await?;
+        stage.heals.pop();
         stage.say(&format!("{name} votes again, as controller-{new}"));
         stage.measure("wiped controller votes again", stage.record.now() - at, &name, None);
         let status = ask::status(&stage.client).await?;

@@ -136,17 +136,8 @@ async fn until(client: &Client, name: &str, what: &str, so: impl Fn(&api::proto:
 pub async fn remove(client: &Client, mut undo: Vec<Heal>) -> Vec<String> {
     let mut left = Vec::new();
     while let Some(heal) = undo.pop() {
-        // A machine that is being deleted still holds its network and its image.
-        let asked = Instant::now();
-        loop {
-            match heal.apply(None, client).await {
-                Ok(()) => break,
-                Err(_) if asked.elapsed() < READY / 10 => sleep(LOOK_AGAIN).await,
-                Err(error) => {
-                    left.push(format!("{heal}: {error:#}"));
-                    break;
-                }
-            }
+        if let Err(error) = heal.apply(None, client).await {
+            left.push(format!("{heal}: {error:#}"));
         }
     }
     left

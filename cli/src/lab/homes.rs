@@ -129,12 +129,8 @@ impl Qemu {
             if home.is_none() && since.elapsed() < SETTLED {
                 home = fs::read(format!("/proc/{pid}/cmdline")).ok().and_then(|line| self.home(&line));
             }
-            if let Some(home) = &home {
-                match state(pid) {
-                    Some('Z' | 'X') | None => {}
-                    Some('T' | 't') => note(&mut homes, home, Run::Paused),
-                    Some(_) => note(&mut homes, home, Run::Running),
-                }
+            if let Some((home, run)) = home.as_ref().zip(state(pid)) {
+                note(&mut homes, home, run);
             }
             there.insert(pid, (since, home));
         }
@@ -160,10 +156,32 @@ fn note(homes: &mut Homes, home: &(String, String), run: Run) {
     }
 }
 
-/// Of the process as a whole: a stopped one has stopped in all threads.
-fn state(pid: i32) -> Option<char> {
+/// Of the process as a whole: a stopped one has stopped in all threads. `None` when it has ended, or will not run one more
+/// instruction of its own: a stopped process that is killed wakes up to die, which on a busy machine takes a while.
+fn state(pid: i32) -> Option<Run> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
+    run_of(&stat, &status)
+}
+
+/// proc(5): in `stat` the state is field 3 and the kernel's flags field 9; in `status`, signals that wait, as bits.
+fn run_of(stat: &str, status: &str) -> Option<Run> {
+    const EXITING: u64 = 0x4;
+    const KILL: u64 = 1 << (nix::libc::SIGKILL - 1);
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let flags: u64 = fields.get(6)?.parse().ok()?;
+    let waits = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).is_some_and(|bits| bits & KILL != 0)
+    };
+    if flags & EXITING != 0 || waits("SigPnd:") || waits("ShdPnd:") {
+        return None;
+    }
+    match *fields.first()? {
+        "Z" | "X" => None,
+        "T" | "t" => Some(Run::Paused),
+        _ => Some(Run::Running),
+    }
 }
 
 #[cfg(test)]
@@ -180,6 +198,20 @@ mod tests {
         let other = line.replace("/tmp/c/", "/tmp/other/");
         assert_eq!(qemu.home(other.as_bytes()), None, "another cloud's");
         assert_eq!(qemu.home(b"vi\0/tmp/c/h1/data/vms/vm-17/disk"), None);
+    }
+
+    #[test]
+    fn a_process_that_is_being_killed_does_not_run_and_one_that_was_continued_does() {
+        let stat = |state: &str, flags: u64| format!("7 (a) b) {state} 1 7 7 0 -1 {flags} 0 0");
+        let waiting = |bits: &str| format!("Name:\ta\nSigPnd:\t{bits}\nShdPnd:\t0000000000000000\n");
+        let (nothing, killed, asked) =
+            (waiting("0000000000000000"), waiting("0000000000000100"), waiting("0000000000004000"));
+        assert_eq!(run_of(&stat("T", 0x400), &nothing), Some(Run::Paused));
+        assert_eq!(run_of(&stat("R", 0x400), &nothing), Some(Run::Running));
+        assert_eq!(run_of(&stat("R", 0x400), &killed), None);
+        assert_eq!(run_of(&stat("R", 0x404), &nothing), None);
+        assert_eq!(run_of(&stat("T", 0x400), &asked), Some(Run::Paused), "SIGTERM waits until it goes on");
+        assert_eq!(run_of(&stat("Z", 0x400), &nothing), None);
     }
 
     #[test]
