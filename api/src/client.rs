@@ -29,6 +29,9 @@ use crate::{
 };
 
 pub mod images;
+mod quorum;
+
+pub use quorum::read_quorum_backup;
 
 /// The metadata key of the request id on a mutating call.
 pub const REQUEST_KEY: &str = "trefoil-request";

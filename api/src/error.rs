@@ -38,9 +38,8 @@ impl ErrorKind {
             "already-exists" | "in-use" | "version-mismatch" | "request-reused" | "stale" | "precondition" => {
                 Self::Conflict
             }
-            "quota-exceeded" | "no-room" | "no-address" | "internal" | "unimplemented" | "failed" | "inconclusive" => {
-                Self::Refused
-            }
+            "quota-exceeded" | "no-room" | "no-address" | "internal" | "unimplemented" | "failed" | "inconclusive"
+            | "level-too-low" => Self::Refused,
             "unavailable" | "no-quorum" | "overloaded" => Self::Unavailable,
             "timeout" | "unproven" => Self::Unknown,
             "unauthenticated" | "forbidden" | "bad-join-token" => Self::Denied,

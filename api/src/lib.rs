@@ -12,6 +12,7 @@ pub mod client;
 pub mod codec;
 pub mod error;
 pub mod probe;
+pub mod quorum_backup;
 pub mod session;
 pub mod tls;
 pub mod token;

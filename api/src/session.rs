@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 
 use model::{
-    Assignment, Capacity, HypervisorKind, NodeSummary,
+    Assignment, Capacity, Held, HypervisorKind, NodeSummary, VmId,
     command::{BackupReport, ImageReport, RehearsalReport, VmReport},
 };
 use serde::{Deserialize, Serialize};
@@ -17,20 +17,44 @@ pub const MAX_FRAME_BYTES: usize = 16 << 20;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromAgent {
-    Hello { version: String, address: String, underlay: IpAddr, hypervisor: HypervisorKind, capacity: Capacity },
-    VmReports { number: u64, reports: Vec<VmReport> },
-    ImageReports { number: u64, reports: Vec<ImageReport> },
-    BackupReports { number: u64, reports: Vec<BackupReport> },
+    Hello {
+        version: String,
+        address: String,
+        underlay: IpAddr,
+        hypervisor: HypervisorKind,
+        capacity: Capacity,
+    },
+    VmReports {
+        number: u64,
+        reports: Vec<VmReport>,
+    },
+    ImageReports {
+        number: u64,
+        reports: Vec<ImageReport>,
+    },
+    BackupReports {
+        number: u64,
+        reports: Vec<BackupReport>,
+    },
     Summary(NodeSummary),
-    RehearsalReports { number: u64, reports: Vec<RehearsalReport> },
+    RehearsalReports {
+        number: u64,
+        reports: Vec<RehearsalReport>,
+    },
+    /// Every guest of the cloud that the host holds: the answer to a welcome that asks for it.
+    Stock(Vec<(VmId, Held)>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToAgent {
-    /// `beat_targets`: `host:port` (UDP) of every controller; sent again when the quorum changes.
+    /// `beat_targets`: `host:port` (UDP) of every controller; sent again when the quorum changes. `epoch`: of the quorum;
+    /// one that is lower than what the host has seen is of a quorum that was given up. `take_stock`: the host has to say
+    /// what it holds before it is told what it should be.
     Welcome {
         incarnation: u64,
         beat_targets: Vec<String>,
+        epoch: u64,
+        take_stock: bool,
     },
     BeatTargets(Vec<String>),
     Assignment(Box<Assignment>),

@@ -47,7 +47,7 @@ pub async fn run(cli: Cli, format: Format) -> Result<(), ApiError> {
         Command::Setting(command) => setting::run(command, &context()?).await,
         Command::Backup(command) => backup::run(command, &context()?).await,
         Command::Recovery(command) => recovery::run(command, &context()?).await,
-        Command::Quorum(command) => quorum::run(command, &context()?).await,
+        Command::Quorum(command) => quorum::run(command, context, format).await,
         #[cfg(feature = "controller")]
         Command::Controller(command) => controller::run(command, format).await.map_err(local),
         #[cfg(feature = "agent")]

@@ -56,6 +56,7 @@ impl Admission {
             ca_key_pem: self.core.authority.key_pem.clone().into_bytes().into(),
             cluster: self.cluster(),
             controllers: self.core.addresses(),
+            epoch: self.core.replica.read(|state| state.quorum().epoch),
         })
     }
 

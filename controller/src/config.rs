@@ -30,6 +30,9 @@ pub(crate) struct Config {
     pub id: u64,
     pub name: String,
     pub cluster: String,
+    /// The cluster epoch of its quorum: the Unix second of its last refounding, 0 before the first.
+    #[serde(default)]
+    pub epoch: u64,
     /// Where it listens, TCP and UDP.
     pub listen: SocketAddr,
     /// `host:port` at which others reach it.

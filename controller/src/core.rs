@@ -166,6 +166,10 @@ pub(crate) fn propose_error(error: ProposeError) -> ApiError {
         ProposeError::TooLarge { bytes, limit } => {
             ApiError::new("too-large", format!("the request has {bytes} bytes, at most {limit} are allowed"))
         }
+        ProposeError::Level { needs, at } => ApiError::new(
+            "level-too-low",
+            format!("it needs feature level {needs}, and the cloud is at {at}: 'trefoil quorum upgrade' raises it"),
+        ),
         ProposeError::Stopped => ApiError::new("unavailable", "this controller is stopping; nothing was changed"),
     }
 }

@@ -43,6 +43,7 @@ pub async fn join(args: JoinArgs) -> Result<u64> {
         id: reply.id,
         name: args.name,
         cluster: reply.cluster,
+        epoch: reply.epoch,
         listen: args.listen,
         advertise: args.advertise,
         timing: args.timing,

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
 use api::{tls::CertificateAuthority, token};
-use model::{Actor, Command, ControllerId, Digest, PlannerCommand};
+use model::{Actor, Command, ControllerId, Digest, OperatorCommand, PlannerCommand, level};
 use raft::{PeerTls, Proposal, Replica, ReplicaConfig};
 
 use crate::config::{Config, Timing, fresh, random, snapshot_every};
@@ -48,6 +48,7 @@ pub async fn init(args: InitArgs) -> Result<InitOutcome> {
         id: id.0,
         name: args.name.clone(),
         cluster: cluster.clone(),
+        epoch: 0,
         listen: args.listen,
         advertise: args.advertise.clone(),
         timing: args.timing,
@@ -64,12 +65,20 @@ pub async fn init(args: InitArgs) -> Result<InitOutcome> {
     };
     let proposal = Proposal { request: None, actor: Actor::System, command: Command::Planner(found) };
     let founded = replica.propose(proposal).await?;
-    replica.shutdown().await;
     if let Err(rejection) = founded.applied {
         bail!("{rejection}");
     }
+    raise_level(&replica, level::LATEST).await?;
+    replica.shutdown().await;
     config.save(&args.data)?;
     Ok(InitOutcome { cluster, operator_token, ca_pem: authority.ca_pem })
+}
+
+/// The only member of a quorum need not ask the others what they know.
+pub(crate) async fn raise_level(replica: &Replica, level: u32) -> Result<()> {
+    let command = Command::Operator(OperatorCommand::RaiseLevel { level });
+    let raised = replica.propose(Proposal { request: None, actor: Actor::System, command }).await?;
+    raised.applied.map(|_| ()).context("the feature level could not be raised")
 }
 
 pub(crate) fn replica_config(config: &Config, data: PathBuf, identity: &api::tls::Identity) -> ReplicaConfig {
@@ -82,6 +91,8 @@ pub(crate) fn replica_config(config: &Config, data: PathBuf, identity: &api::tls
             key_pem: identity.key_pem.clone(),
         },
         timing: config.timing.raft(),
+        epoch: config.epoch,
+        knows: level::LATEST,
         snapshot_every: config.snapshot_every,
     }
 }

@@ -1,6 +1,7 @@
 //! The server: eyes, ears and a voice for the replicated state.
 //!
-//! `found`, `enrol` and `run` are the three things a person does with a controller. `core` is what all calls share;
+//! `found`, `enrol` and `run` are the three things a person does with a controller, `refound` what is done when all but
+//! a backup or one of them is lost. `core` is what all calls share;
 //! `service` answers people and programs, `admit` lets controllers and agents in, `session` and `hear` speak with
 //! agents, `lead` and `keep` are the leader's loops. Nothing here decides what the cloud should be: that is `model`.
 
@@ -17,6 +18,7 @@ mod keep;
 mod lead;
 mod name;
 mod probe;
+mod refound;
 mod replicas;
 mod run;
 mod service;
@@ -26,4 +28,5 @@ mod view;
 pub use config::Timing;
 pub use enrol::{JoinArgs, join};
 pub use found::{InitArgs, InitOutcome, init};
+pub use refound::{RecoverArgs, RestoreArgs, Survivor, recover, restore, survivor};
 pub use run::{RunArgs, run};

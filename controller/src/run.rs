@@ -2,14 +2,15 @@
 
 use std::{
     future::Future,
+    io::Write,
     os::unix::fs::PermissionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use api::{
     proto::{join_server::JoinServer, node_session_server::NodeSessionServer, trefoil_server::TrefoilServer},
     session::MAX_FRAME_BYTES,
@@ -31,6 +32,7 @@ use crate::{
     found::replica_config,
     hear, lead,
     probe::{self, Probes},
+    refound,
     service::{MAX_REQUEST_BYTES, Service},
     session::Sessions,
 };
@@ -65,6 +67,8 @@ fn boxed(
 
 async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>) -> Result<()> {
     let config = Config::load(&args.data)?;
+    refound::must_be_whole(&args.data)?;
+    must_not_be_fenced(&args.data)?;
     let identity = Identity::load(&args.data)?.with_context(|| format!("{} has no identity", args.data.display()))?;
     let authority =
         CertificateAuthority::load(&args.data)?.with_context(|| format!("{} has no authority", args.data.display()))?;
@@ -97,14 +101,42 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
     tokio::spawn(probe::look(core.clone()));
     tracing::info!(controller = config.id, name = config.name, cluster = config.cluster, listen = %config.listen, "running");
 
-    shutdown.await;
-    tracing::info!("stopping: leadership is handed over first");
+    let mut fenced = core.replica.watch_fenced();
+    let fenced = async move { fenced.wait_for(Option::is_some).await.ok().and_then(|fenced| *fenced) };
+    let fenced = tokio::select! {
+        () = shutdown => None,
+        fenced = fenced => fenced,
+    };
+    match &fenced {
+        Some(fenced) => remember_fence(&args.data, &fenced.to_string())?,
+        None => tracing::info!("stopping: leadership is handed over first"),
+    }
     core.replica.shutdown().await;
     // Sessions with agents are open without end; what is not done within the drain is broken off.
     let _ = stop.send(true);
     let _ = tokio::time::timeout(DRAIN, servers).await;
     tracing::info!("stopped");
-    Ok(())
+    fenced.map_or(Ok(()), |fenced| bail!("{fenced}"))
+}
+
+/// What says why this controller may never run again from its directory.
+const FENCED: &str = "FENCED";
+
+fn must_not_be_fenced(data: &Path) -> Result<()> {
+    match std::fs::read_to_string(data.join(FENCED)) {
+        Ok(why) => bail!("this controller was fenced: {}", why.trim_end()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", data.join(FENCED).display())),
+    }
+}
+
+/// Before it stops: the next start must not find out again.
+fn remember_fence(data: &Path, why: &str) -> Result<()> {
+    tracing::error!(why, "alert: this controller is fenced and stops for good");
+    let mut file = std::fs::File::create(data.join(FENCED))?;
+    file.write_all(format!("{why}\n").as_bytes())?;
+    file.sync_all()?;
+    Ok(std::fs::File::open(data)?.sync_all()?)
 }
 
 fn router(core: &Arc<Core>) -> Result<Router> {

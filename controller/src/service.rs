@@ -85,6 +85,7 @@ impl Service {
 #[tonic::async_trait]
 impl Trefoil for Service {
     type ExportImageStream = Flow<proto::Chunk>;
+    type BackUpQuorumStream = Flow<proto::Chunk>;
 
     async fn create_vm(&self, request: Request<proto::CreateVmRequest>) -> Answer<proto::Vm> {
         answer(self.vm_create(request).await)
@@ -228,6 +229,9 @@ impl Trefoil for Service {
     async fn get_recovery(&self, request: Request<proto::RecoveryRequest>) -> Answer<proto::RecoveryStatus> {
         answer(self.recovery_get(request).await)
     }
+    async fn end_refounding(&self, request: Request<proto::EndRefoundingRequest>) -> Answer<proto::RecoveryStatus> {
+        answer(self.refounding_end(request).await)
+    }
     async fn remove_node(&self, request: Request<proto::RemoveNodeRequest>) -> Answer<proto::Done> {
         self.do_change("RemoveNode", request, node::remove).await
     }
@@ -243,6 +247,12 @@ impl Trefoil for Service {
     }
     async fn quorum_check(&self, request: Request<proto::QuorumCheckRequest>) -> Answer<proto::QuorumCheckReply> {
         answer(self.quorum_examine(request).await)
+    }
+    async fn back_up_quorum(&self, request: Request<proto::BackUpQuorumRequest>) -> Answer<Self::BackUpQuorumStream> {
+        answer(self.quorum_back_up(request).await)
+    }
+    async fn upgrade_quorum(&self, request: Request<proto::UpgradeQuorumRequest>) -> Answer<proto::UpgradeQuorumReply> {
+        answer(self.quorum_upgrade(request).await)
     }
     async fn add_voter(&self, request: Request<proto::ControllerRef>) -> Answer<proto::Done> {
         answer(self.quorum_add(request).await)

@@ -4,6 +4,7 @@
 //! ```text
 //!   agent ── Hello ──► leader: Attach enters the log ──► Welcome{incarnation}, Assignment
 //!         ── VmReports{n} ──► the log ──► Reported{n}
+//!         ── Stock, when the welcome asks for it, and only then:
 //!         ◄── Assignment whenever the node's generation rises
 //! ```
 //! It ends when this controller no longer leads, when a newer session of the same node begins, or when either side
@@ -146,6 +147,10 @@ impl Session {
             FromAgent::RehearsalReports { number, reports } => {
                 (NodeCommand::ReportRehearsals { node, incarnation, reports }, Some(number))
             }
+            FromAgent::Stock(guests) => {
+                tracing::info!(%node, guests = guests.len(), "a node said what it holds");
+                (NodeCommand::TakeStock { node, incarnation, guests }, None)
+            }
             FromAgent::Summary(summary) => (NodeCommand::Summarise { node, incarnation, summary }, None),
         };
         let committed = self.core.propose(Actor::Node(node), None, Command::Node(command)).await?;
@@ -160,7 +165,9 @@ impl Session {
         let mut applied = self.core.replica.watch_applied();
         let mut leadership = self.core.replica.watch_leadership();
         let mut targets = self.beat_targets();
-        let welcome = ToAgent::Welcome { incarnation: self.incarnation, beat_targets: targets.clone() };
+        let (epoch, take_stock) = self.core.replica.read(|state| (state.quorum().epoch, state.awaits(self.node)));
+        let incarnation = self.incarnation;
+        let welcome = ToAgent::Welcome { incarnation, beat_targets: targets.clone(), epoch, take_stock };
         if !tell(&down, &welcome).await {
             return "the agent hung up".into();
         }
@@ -173,7 +180,8 @@ impl Session {
             applied.borrow_and_update();
             let current = self.core.replica.read(|state| {
                 let node = state.nodes().get(&self.node)?;
-                let newer = sent.is_none_or(|sent| sent < node.generation);
+                // After a refounding the host speaks first: what it holds may be newer than what is known here.
+                let newer = sent.is_none_or(|sent| sent < node.generation) && !state.awaits(self.node);
                 let current = if node.state == NodeState::Lost { 0 } else { node.incarnation };
                 Some((current, newer.then(|| state.assignment(self.node)).flatten()))
             });

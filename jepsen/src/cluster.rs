@@ -216,6 +216,11 @@ impl Cluster {
         std::fs::read_to_string(self.root.join(format!("{}.log", self.controllers[controller].name)))
     }
 
+    /// Where all agents write what they did to guests, a JSON object a line.
+    pub fn effects(&self) -> PathBuf {
+        self.root.join("effects")
+    }
+
     /// SIGSTOP; true when the kernel shows it as stopped.
     ///
     /// # Errors

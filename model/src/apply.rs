@@ -19,6 +19,7 @@ mod operator;
 mod placement;
 mod quorum;
 mod recovery;
+mod refound;
 mod rehearsal;
 mod report;
 mod tag;
@@ -132,6 +133,8 @@ impl State {
             C::MaintainNode { node, maintenance } => self.maintain_node(*node, *maintenance),
             C::ArmRecovery { armed } => self.arm_recovery(*armed),
             C::RemoveNode { node, force } => self.forget_node(m, *node, *force),
+            C::RaiseLevel { level } => self.raise_level(*level),
+            C::EndRefounding => self.end_refounding(),
         }
     }
 
@@ -149,6 +152,7 @@ impl State {
                 self.report_rehearsals(m, *node, *incarnation, reports)
             }
             C::Summarise { node, incarnation, summary } => self.summarise_node(m, *node, *incarnation, summary),
+            C::TakeStock { node, incarnation, guests } => self.take_stock(m, *node, *incarnation, guests),
         }
     }
 
@@ -177,6 +181,11 @@ impl State {
             C::ExpireRehearsal { image } => self.expire_rehearsal(m, *image),
             C::SetNodeClock { node, drifts } => self.set_node_clock(*node, *drifts),
             C::AddReplica { image, node } => self.add_replica(*image, *node),
+            C::Refound { epoch, controller, name, address, operator } => self.refound(
+                m,
+                *epoch,
+                refound::Founder { id: *controller, name, address, operator: operator.as_ref() },
+            ),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What one host should be: the whole of it, numbered. Never a delta, never an order.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, Ipv4Addr},
 };
@@ -27,6 +27,9 @@ pub struct Assignment {
     pub images: Vec<ImageWish>,
     /// Backups that the host boots, apart from everything, to see whether they do.
     pub rehearsals: Vec<RehearsalWish>,
+    /// Set while the cloud is put together after a refounding: these guests are left as they are although nobody wishes
+    /// them, and no image is dropped.
+    pub spared: Option<BTreeSet<VmId>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,7 +132,8 @@ impl fmt::Display for Assignment {
         self.vms.iter().try_for_each(|vm| write!(f, "\n  {vm}"))?;
         self.networks.iter().try_for_each(|network| write!(f, "\n  {network}"))?;
         self.images.iter().try_for_each(|image| write!(f, "\n  keep {image}"))?;
-        self.rehearsals.iter().try_for_each(|rehearsal| write!(f, "\n  {rehearsal}"))
+        self.rehearsals.iter().try_for_each(|rehearsal| write!(f, "\n  {rehearsal}"))?;
+        self.spared.iter().flatten().try_for_each(|vm| write!(f, "\n  spare {vm}"))
     }
 }
 
@@ -188,7 +192,14 @@ impl State {
             vms: vms.into_iter().filter_map(|vm| self.vm_wish(node, vm)).collect(),
             images: self.replica_wishes(node),
             rehearsals: self.rehearsing_on(id).filter_map(|image| self.rehearsal_wish(node, image)).collect(),
+            spared: self.spared_on(id),
         })
+    }
+
+    /// What nobody knows and the host shall leave alone; `None` when nothing is open after a refounding.
+    fn spared_on(&self, node: NodeId) -> Option<BTreeSet<VmId>> {
+        let open = self.quorum().refounding.as_ref()?;
+        Some(open.orphans.get(&node).into_iter().flatten().map(|(vm, _)| *vm).collect())
     }
 
     fn vm_wish(&self, node: &Node, vm: &Vm) -> Option<VmWish> {

@@ -5,7 +5,7 @@ use std::{fmt, net::IpAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capacity, Cidr, Consistency, ControllerId, Digest, HypervisorKind, ImageFormat, ImageId, JoinRole, NetworkId,
+    Capacity, Cidr, Consistency, ControllerId, Digest, Held, HypervisorKind, ImageFormat, ImageId, JoinRole, NetworkId,
     NodeId, NodeSummary, Phase, Quota, Recovery, RequestId, Role, TenantId, Timestamp, Verdict, VmId, Wanted,
 };
 
@@ -209,6 +209,12 @@ pub enum OperatorCommand {
         node: NodeId,
         force: bool,
     },
+    /// From here on commands of this level may be proposed; every member knows it. Never lowered.
+    RaiseLevel {
+        level: u32,
+    },
+    /// Wait for no host any more that has not said what it holds, and set aside what nobody knows.
+    EndRefounding,
 }
 
 /// What a host's agent says, through the controller that it is connected to.
@@ -226,6 +232,8 @@ pub enum NodeCommand {
     Summarise { node: NodeId, incarnation: u64, summary: NodeSummary },
     /// What became of rehearsals.
     ReportRehearsals { node: NodeId, incarnation: u64, reports: Vec<RehearsalReport> },
+    /// Everything that it holds of this cloud, once after a refounding.
+    TakeStock { node: NodeId, incarnation: u64, guests: Vec<(VmId, Held)> },
 }
 
 /// One machine, as its host found it.
@@ -322,6 +330,8 @@ pub enum PlannerCommand {
     ExpireRehearsal { image: ImageId },
     /// Its clock was measured: beyond what a lease allows for, or surely within it again.
     SetNodeClock { node: NodeId, drifts: bool },
+    /// The first entry of a quorum that was made from a backup, or from what one controller had left.
+    Refound { epoch: u64, controller: ControllerId, name: String, address: String, operator: Option<(String, Digest)> },
 }
 
 /// One line each, so that a plan can be read.
@@ -351,6 +361,7 @@ impl fmt::Display for PlannerCommand {
             Self::SetNodeClock { node, drifts: true } => write!(f, "the clock of {node} drifts"),
             Self::SetNodeClock { node, drifts: false } => write!(f, "the clock of {node} is fit again"),
             Self::AddReplica { image, node } => write!(f, "copy {image} to {node}"),
+            Self::Refound { epoch, controller, .. } => write!(f, "refound in epoch {epoch} on {controller}"),
         }
     }
 }

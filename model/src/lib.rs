@@ -18,6 +18,7 @@ pub mod command;
 pub mod id;
 pub mod invariant;
 pub mod lease;
+pub mod level;
 pub mod noun;
 pub mod permit;
 pub mod plan;

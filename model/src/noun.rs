@@ -6,9 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Capacity, Cidr, ControllerId, Digest, ImageId, NetworkId, NodeId, TenantId, Timestamp, VmId};
 
+pub use quorum::{Held, INDICES_PER_SECOND, Quorum, Refounding};
 pub use rehearsal::{Rehearsal, Rehearsed, Verdict};
 pub use vm::{Backups, Loss, Nic, Phase, Placement, Recovery, Status, Vm, Wanted};
 
+mod quorum;
 mod rehearsal;
 mod vm;
 

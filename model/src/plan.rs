@@ -112,7 +112,8 @@ fn place(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
     let mut promised: Promised = BTreeMap::new();
     let mut commands = Vec::new();
     for vm in state.index.unplaced.iter().take(BATCH).filter_map(|(_, id)| state.vms().get(id)) {
-        match idlest(state, telemetry, &coming, &promised, vm) {
+        let open = state.may_be_elsewhere(vm.id).map_or(Ok(()), Err);
+        match open.and_then(|()| idlest(state, telemetry, &coming, &promised, vm)) {
             Ok(node) => {
                 let (extra, machines) = promised.entry(node).or_default();
                 *extra = extra.plus(vm.size);

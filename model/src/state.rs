@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     Capacity, Cluster, Controller, ControllerId, Digest, Image, ImageId, JoinToken, Line, Meter, Network, NetworkId,
-    Node, NodeId, Remembered, RequestId, Resource, Tag, Template, Tenant, TenantId, Timestamp, User, Vm, VmId, setting,
+    Node, NodeId, Quorum, Remembered, RequestId, Resource, Tag, Template, Tenant, TenantId, Timestamp, User, Vm, VmId,
+    setting,
     table::{LoadError, RowChange, Table},
 };
 
@@ -35,6 +36,7 @@ pub struct State {
     pub(crate) meters: Table<Resource, Meter>,
     pub(crate) lines: Table<(TenantId, u64), Line>,
     pub(crate) requests: Table<RequestId, Remembered>,
+    pub(crate) quorum: Table<u8, Quorum>,
     pub(crate) index: Index,
     hash: u128,
 }
@@ -57,6 +59,7 @@ macro_rules! tables {
         $do!($self, 13, meters);
         $do!($self, 14, lines);
         $do!($self, 15, requests);
+        $do!($self, 16, quorum);
     };
 }
 
@@ -79,6 +82,7 @@ impl Default for State {
             meters: Table::new(13),
             lines: Table::new(14),
             requests: Table::new(15),
+            quorum: Table::new(Quorum::TABLE),
             index: Index::default(),
             hash: 0,
         };
@@ -91,6 +95,14 @@ impl Default for State {
 impl State {
     pub fn cluster(&self) -> &Cluster {
         self.cluster.get(&0).expect("the cluster's row is there from the start and never removed")
+    }
+    /// Its row comes to be with the first entry that changes it, so that a state of level 1 has none.
+    pub fn quorum(&self) -> &Quorum {
+        self.quorum.get(&0).unwrap_or(&Quorum::FIRST)
+    }
+    /// Whether this host has to say what it holds before it is told what it should be.
+    pub fn awaits(&self, node: NodeId) -> bool {
+        self.quorum().refounding.as_ref().is_some_and(|open| open.awaited.contains(&node))
     }
     pub fn now(&self) -> Timestamp {
         self.cluster().now
@@ -250,6 +262,18 @@ impl State {
         changes
     }
 
+    /// Every row as it goes to disk, in the order of tables and keys.
+    pub fn rows(&self) -> impl Iterator<Item = RowChange> {
+        let mut rows: Box<dyn Iterator<Item = RowChange> + '_> = Box::new(std::iter::empty());
+        macro_rules! add {
+            ($state:ident, $number:literal, $table:ident) => {
+                rows = Box::new(rows.chain($state.$table.encoded()))
+            };
+        }
+        tables!(self, add);
+        rows
+    }
+
     /// A hash of all rows as of the last `drain_changes`, however they came to be.
     pub fn hash(&self) -> [u8; 16] {
         self.hash.to_le_bytes()
@@ -291,6 +315,10 @@ impl State {
 impl State {
     pub(crate) fn cluster_mut<T>(&mut self, change: impl FnOnce(&mut Cluster) -> T) -> T {
         self.cluster.update(&0, change).expect("the cluster's row is there from the start and never removed")
+    }
+
+    pub(crate) fn put_quorum(&mut self, row: Quorum) {
+        self.quorum.put(0, row);
     }
 
     pub(crate) fn put_tenant(&mut self, row: Tenant) {

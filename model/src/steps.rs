@@ -19,7 +19,7 @@
 //!   never came to be, everything is removed before that report: it is the evidence that the host is free of it.
 //! - A disk is made once. When that of a machine that has run is missing, the machine has failed: it never comes up blank.
 //! - Apart from that, disks are only deleted for a machine that is wished absent. Everything else that nobody wants is
-//!   kept aside.
+//!   kept aside, but for what the assignment spares.
 //!
 //! Deliberately not here: what an assignment may say, and carrying anything out.
 
@@ -416,7 +416,8 @@ fn backup(generation: u64, wish: &VmWish, found: &Observed, out: &mut Vec<Step>)
 fn leftovers(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
     let wished: BTreeMap<VmId, &VmWish> = wish.vms.iter().map(|vm| (vm.vm, vm)).collect();
     for (vm, guest) in &found.guests {
-        if !wished.contains_key(vm) && found.may_try(Subject::Vm(*vm), wish.generation) {
+        let spared = wish.spared.as_ref().is_some_and(|spared| spared.contains(vm));
+        if !wished.contains_key(vm) && !spared && found.may_try(Subject::Vm(*vm), wish.generation) {
             out.push(Step::Quarantine { vm: *vm, epoch: guest.epoch });
         }
     }
@@ -435,7 +436,8 @@ fn leftovers(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
     let rehearsed = wish.rehearsals.iter().map(|rehearsal| rehearsal.base.digest);
     let kept: BTreeSet<Digest> = wish.images.iter().map(|image| image.digest).chain(bases).chain(rehearsed).collect();
     for (digest, idle_millis) in &found.images {
-        let wanted = kept.contains(digest) || found.pinned_images.contains(digest) || !all_wanted;
+        let wanted =
+            kept.contains(digest) || found.pinned_images.contains(digest) || !all_wanted || wish.spared.is_some();
         if !wanted && *idle_millis >= IMAGE_IDLE_MILLIS && found.may_try(Subject::Image(*digest), wish.generation) {
             out.push(Step::DropImage(*digest));
         }

@@ -103,6 +103,16 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
         }
     }
 
+    /// Every row as it goes to disk.
+    pub(crate) fn encoded(&self) -> impl Iterator<Item = RowChange> {
+        let row = |(key, held): (&K, &Held<V>)| RowChange {
+            table: self.number,
+            key: encode(key),
+            row: Some(encode(&held.row)),
+        };
+        self.rows.iter().map(row)
+    }
+
     /// After a load, what the default state had put is no change any more.
     pub(crate) fn settle(&mut self) {
         self.changed.clear();

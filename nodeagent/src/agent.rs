@@ -50,7 +50,7 @@ use crate::{
     },
     journal::Journal,
     lease::Leases,
-    membership::{DataDir, Membership},
+    membership::{DataDir, EpochMark, Membership},
     network::{Network, linux::LinuxNetwork, simulated::SimulatedNetwork},
     outbox::Outbox,
     relay::{self, Arrivals},
@@ -189,6 +189,7 @@ pub async fn run_in(
             underlay: config.underlay,
             hypervisor,
         },
+        epoch: EpochMark::open(&config.data)?,
         outbox: outbox.clone(),
         heard: heard.clone(),
     };

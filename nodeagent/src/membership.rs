@@ -4,6 +4,7 @@
 //! DATA/member.json        cloud, node id, names, key of the heartbeats
 //! DATA/identity.pem       private key and certificates; the membership counts only with it
 //! DATA/controllers.json   the controllers as the quorum last named them
+//! DATA/epoch.json         the highest cluster epoch that the host has obeyed
 //! DATA/journal.json       see `journal`
 //! DATA/guard.page         see `lease::page`
 //! DATA/images/  DATA/vms/  DATA/quarantine/
@@ -14,6 +15,7 @@ use std::{
     io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -155,6 +157,41 @@ impl DataDir {
     }
 }
 
+/// The highest cluster epoch that this host has obeyed. A quorum that was refounded has a higher one than those that it
+/// replaces, and what is left of them must not be obeyed again, whatever it says.
+pub struct EpochMark {
+    path: PathBuf,
+    highest: Mutex<u64>,
+}
+
+impl EpochMark {
+    /// # Errors
+    /// When it cannot be read: then it is not known which quorum counts.
+    pub fn open(data: &Path) -> Result<Self, MembershipError> {
+        let highest = read(data, "epoch.json")?.unwrap_or(0);
+        Ok(Self { path: data.join("epoch.json"), highest: Mutex::new(highest) })
+    }
+
+    /// Remembers the epoch before anything is done for its quorum.
+    ///
+    /// # Errors
+    /// The higher epoch that was obeyed before, or that the disk failed, in one sentence.
+    pub fn admit(&self, epoch: u64) -> Result<(), String> {
+        let mut highest = self.highest.lock().unwrap_or_else(PoisonError::into_inner);
+        if epoch < *highest {
+            return Err(format!(
+                "it is of cluster epoch {epoch}, and this host obeys {highest}: its quorum was given up and must be stopped"
+            ));
+        }
+        if epoch > *highest {
+            let written = durable::replace(&self.path, epoch.to_string().as_bytes());
+            written.map_err(|error| format!("{}: {error}", self.path.display()))?;
+            *highest = epoch;
+        }
+        Ok(())
+    }
+}
+
 fn read<T: for<'a> Deserialize<'a>>(data: &Path, name: &str) -> Result<Option<T>, MembershipError> {
     let path = data.join(name);
     let bytes = durable::read(&path).map_err(|source| MembershipError::Disk { path: path.clone(), source })?;
@@ -190,6 +227,19 @@ mod tests {
         std::fs::remove_file(dir.path().join("identity.pem")).unwrap();
         assert!(matches!(data.membership(), Err(MembershipError::NotJoined(_))));
         assert!(data.must_be_free().is_ok());
+    }
+
+    #[test]
+    fn a_quorum_that_was_given_up_is_never_obeyed_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mark = EpochMark::open(dir.path()).unwrap();
+        assert_eq!((mark.admit(0), mark.admit(1_800_000_000)), (Ok(()), Ok(())));
+        // Also by the next agent of this host.
+        for mark in [mark, EpochMark::open(dir.path()).unwrap()] {
+            let refused = mark.admit(1_700_000_000).unwrap_err();
+            assert!(refused.contains("epoch 1700000000, and this host obeys 1800000000"), "{refused}");
+            assert_eq!(mark.admit(1_800_000_000), Ok(()));
+        }
     }
 
     #[test]

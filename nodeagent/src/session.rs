@@ -4,7 +4,8 @@
 //! ```text
 //!   for each controller: attach ──► refused: not the leader (it may name who is) ──► the next one
 //!                          │
-//!                          ├── Hello ──► Welcome{incarnation, where to beat}
+//!                          ├── Hello ──► Welcome{incarnation, where to beat, cluster epoch}
+//!                          ├── Stock, when it is asked for
 //!                          ├── reports ──► Reported
 //!                          ◄── Assignment, whole, whenever it changes
 //!                          └── ended ──► start over, after a short pause
@@ -19,7 +20,7 @@ use api::{
     session::{FromAgent, MAX_FRAME_BYTES, ToAgent, decode, encode},
     tls::{Identity, client_tls, connect},
 };
-use model::Assignment;
+use model::{Assignment, Held, Phase};
 use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
@@ -27,7 +28,12 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use crate::{clock, hypervisor::Hypervisor, outbox::Outbox};
+use crate::{
+    clock,
+    hypervisor::{Guest, GuestPower, Hypervisor},
+    membership::EpochMark,
+    outbox::Outbox,
+};
 
 /// The metadata in which a controller that is not the leader names the one that is.
 pub const LEADER_KEY: &str = "trefoil-leader";
@@ -69,6 +75,7 @@ pub struct Session {
     /// Controllers to try besides those that the quorum has named since.
     pub controllers: Vec<String>,
     pub introduction: Introduction,
+    pub epoch: EpochMark,
     pub outbox: Arc<Outbox>,
     pub heard: Heard,
 }
@@ -170,9 +177,19 @@ impl Session {
             Ok(Err(end)) => return end,
             Ok(Ok(welcome)) => welcome,
         };
-        let ToAgent::Welcome { incarnation, .. } = &welcome else {
+        let ToAgent::Welcome { incarnation, epoch, take_stock, .. } = &welcome else {
             return End::Unreachable("it did not begin with a welcome".into());
         };
+        if let Err(why) = self.epoch.admit(*epoch) {
+            tracing::error!(controller = endpoint, why, "alert: a controller is not obeyed");
+            return End::Refused { leader: None, why };
+        }
+        if *take_stock {
+            let Some(stock) = self.stock().await else { return End::Unreachable("the guests cannot be told".into()) };
+            if tell.send(frame(&stock)).await.is_err() {
+                return End::Unreachable("the stream closed at once".into());
+            }
+        }
         tracing::info!(controller = endpoint, incarnation, "in session with the leader");
         self.hear(welcome);
         self.outbox.reopen();
@@ -200,7 +217,7 @@ impl Session {
 
     fn hear(&self, message: ToAgent) {
         match message {
-            ToAgent::Welcome { incarnation, beat_targets } => {
+            ToAgent::Welcome { incarnation, beat_targets, .. } => {
                 self.heard.beat_targets.send_replace(beat_targets);
                 self.heard.incarnation.send_replace(incarnation);
             }
@@ -208,6 +225,21 @@ impl Session {
             ToAgent::Assignment(assignment) => drop(self.heard.assignment.send_replace(Some(assignment.into()))),
             ToAgent::Reported { number } => self.outbox.reported(number),
         }
+    }
+
+    /// What this host holds, for a quorum that may know less.
+    async fn stock(&self) -> Option<FromAgent> {
+        let hypervisor = self.introduction.hypervisor.clone();
+        let looked = tokio::task::spawn_blocking(move || hypervisor.guests()).await.ok()?;
+        let guests =
+            looked.inspect_err(|error| tracing::warn!(%error, "the guests of this host cannot be told")).ok()?;
+        let phase = |power| match power {
+            GuestPower::Running => Phase::Running,
+            GuestPower::Suspended | GuestPower::Arriving | GuestPower::Arrived => Phase::Suspended,
+            GuestPower::Off(_) => Phase::Stopped,
+        };
+        let held = |guest: Guest| (guest.vm, Held { epoch: guest.epoch, phase: phase(guest.power) });
+        Some(FromAgent::Stock(guests.into_iter().map(held).collect()))
     }
 
     async fn hello(&self) -> Option<FromAgent> {

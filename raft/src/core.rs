@@ -7,7 +7,7 @@ use std::{
 };
 
 use model::ControllerId;
-use openraft::async_runtime::WatchReceiver;
+use openraft::{Instant as _, async_runtime::WatchReceiver};
 use storage::failure::OnFailure;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
@@ -18,13 +18,17 @@ use crate::{
     peer::{CallError, Peers},
     propose::{append::Append, forward::Forward},
     replica::Timing,
-    status::Leadership,
+    status::{Fenced, Leadership},
     wire::{Answer, Call},
 };
 
 pub struct Core {
     pub id: u64,
     pub timing: Timing,
+    pub epoch: u64,
+    /// The highest feature level that this version knows.
+    pub knows: u32,
+    pub fenced: watch::Sender<Option<Fenced>>,
     pub raft: Raft,
     pub machine: Machine,
     pub peers: Peers,
@@ -107,6 +111,13 @@ impl Core {
         let mut leadership = self.leadership.subscribe();
         let changed = leadership.wait_for(|now| (now.leader, now.term) != (seen.leader, seen.term));
         drop(tokio::time::timeout(PAUSE, changed).await);
+    }
+
+    /// As the leader: whether a majority answered within the last elections' time. A leader that has just begun has it.
+    pub fn has_quorum(&self) -> bool {
+        let lately = Duration::from_millis(2 * self.timing.election_max_millis);
+        let acknowledged = self.raft.metrics().borrow_watched().last_quorum_acked;
+        self.voters().len() == 1 || acknowledged.is_none_or(|at| at.elapsed() <= lately)
     }
 
     pub fn heard_from_leader(&self) {

@@ -13,6 +13,10 @@ pub enum OpenError {
     Certificate(String),
     #[error("the certificate is of '{found}', not of {expected}")]
     Identity { expected: ControllerId, found: String },
+    #[error(
+        "the state is of cluster epoch {state} and this controller of {own}: it is not a member of the quorum any more"
+    )]
+    Epoch { state: u64, own: u64 },
     #[error("consensus did not start: {0}")]
     Start(String),
 }
@@ -34,6 +38,9 @@ pub enum ProposeError {
     /// Nothing was proposed.
     #[error("the request has {bytes} bytes, {limit} are allowed")]
     TooLarge { bytes: usize, limit: usize },
+    /// Nothing was proposed: some member might not understand it.
+    #[error("it needs feature level {needs}, and the cloud is at {at}")]
+    Level { needs: u32, at: u32 },
     #[error("this controller is stopping")]
     Stopped,
 }

@@ -36,7 +36,7 @@ pub use error::{MembershipError, OpenError, ProposeError, ReadError};
 pub use propose::{Committed, PROPOSE_DEADLINE, Proposal};
 pub use replica::{PeerTls, Replica, ReplicaConfig, Timing};
 pub use serve::PeerService;
-pub use status::{HashAt, Leadership, MemberStatus, QuorumStatus, Role};
+pub use status::{Fenced, HashAt, Leadership, MemberStatus, QuorumStatus, Role};
 
 #[cfg(test)]
 mod suite;

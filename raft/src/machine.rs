@@ -48,6 +48,8 @@ struct Shared {
     hashes: Mutex<Hashes>,
     applied: watch::Sender<u64>,
     on_failure: OnFailure,
+    /// The highest feature level that this version knows.
+    knows: u32,
 }
 
 /// What belongs together at one applied index.
@@ -65,15 +67,16 @@ struct Hashes {
 
 impl Machine {
     /// # Errors
-    /// When the stored membership is damaged.
+    /// When the stored membership is damaged, or the state is of a later version.
     pub fn new(
         loaded: Loaded,
         tables: StateStore,
         snapshots: SnapshotStore,
         on_failure: OnFailure,
+        knows: u32,
     ) -> Result<Self, storage::failure::StorageError> {
         let hash = loaded.state.hash();
-        let view = view(loaded)?;
+        let view = view(loaded, knows)?;
         let index = view.applied.map(|p| p.index);
         let hashes = Hashes { latest: index.map(|index| HashAt { index, hash }), ..Hashes::default() };
         let shared = Shared {
@@ -83,6 +86,7 @@ impl Machine {
             hashes: Mutex::new(hashes),
             applied: watch::Sender::new(index.unwrap_or(0)),
             on_failure,
+            knows,
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -129,6 +133,7 @@ impl Machine {
             for (entry, responder) in chunk.drain(..) {
                 let index = entry.log_id.index;
                 let outcome = apply_entry(&mut view, entry, &mut batch)?;
+                self.fail(understood(&view.state, self.shared.knows))?;
                 if index.is_multiple_of(HASH_EVERY) {
                     batch.rows.extend(view.state.drain_changes());
                     hashes.push(HashAt { index, hash: view.state.hash() });
@@ -196,7 +201,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         let loaded = self.fail(installed)?;
         self.shared.snapshots.adopt(&snapshot);
         let hash = loaded.state.hash();
-        let new = self.fail(view(loaded))?;
+        let new = self.fail(view(loaded, self.shared.knows))?;
         let index = new.applied.map_or(0, |p| p.index);
         *self.shared.view.write().unwrap_or_else(PoisonError::into_inner) = new;
         self.remember(Vec::new(), HashAt { index, hash });
@@ -230,11 +235,18 @@ pub fn with_meta(snapshot: snapshot::Snapshot) -> io::Result<Snapshot> {
     Ok(Snapshot { meta, snapshot })
 }
 
-fn view(loaded: Loaded) -> Result<View, storage::failure::StorageError> {
+fn view(loaded: Loaded, knows: u32) -> Result<View, storage::failure::StorageError> {
+    understood(&loaded.state, knows)?;
     let what = "the membership in the state tables".to_owned();
     let membership =
         dialect::from_stored_membership(loaded.membership).ok_or(storage::failure::StorageError::Damaged { what })?;
     Ok(View { state: loaded.state, applied: loaded.applied, membership })
+}
+
+/// What comes after an entry that raised the level cannot be read by a version that does not know it.
+fn understood(state: &State, known: u32) -> Result<(), storage::failure::StorageError> {
+    let level = state.quorum().level;
+    if level > known { Err(storage::failure::StorageError::TooNew { level, known }) } else { Ok(()) }
 }
 
 fn apply_entry(view: &mut View, entry: Entry, batch: &mut Batch) -> io::Result<Outcome> {

@@ -11,6 +11,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt};
+use model::ControllerId;
 use openraft::{
     AnyError, BasicNode, OptionalSend, RaftNetworkFactory,
     base::{BoxFuture, BoxStream},
@@ -21,18 +22,23 @@ use openraft::{
         VoteRequest, VoteResponse,
     },
 };
+use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Request, Status,
+    metadata::MetadataMap,
     transport::{Channel, ClientTlsConfig, Endpoint},
 };
 
 use crate::{
     dialect::{Snapshot, TypeConfig, Vote},
     proto::{Frame, peer_client::PeerClient},
+    status::Fenced,
     wire::{self, Answer, Call, MAX_FRAME_BYTES, SnapshotAnswer, SnapshotHead},
 };
 
+/// The metadata in which a controller names its cluster epoch.
+pub const EPOCH_KEY: &str = "trefoil-epoch";
 /// Controllers are milliseconds apart; a full handshake on a busy machine takes some tens.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// A peer that vanished is noticed within the sum of these, also when nothing is sent to it.
@@ -62,6 +68,9 @@ pub enum Lane {
 #[derive(Clone)]
 pub struct Peers {
     tls: ClientTlsConfig,
+    epoch: u64,
+    /// Told when a peer refuses because it is of a later cluster epoch.
+    fenced: watch::Sender<Option<Fenced>>,
     channels: Arc<Mutex<Channels>>,
 }
 
@@ -78,19 +87,35 @@ pub enum CallError {
 }
 
 impl Peers {
-    pub fn new(tls: ClientTlsConfig) -> Self {
-        Self { tls, channels: Arc::default() }
+    pub fn new(tls: ClientTlsConfig, epoch: u64, fenced: watch::Sender<Option<Fenced>>) -> Self {
+        Self { tls, epoch, fenced, channels: Arc::default() }
+    }
+
+    /// A message that says of which cluster epoch its sender is.
+    fn signed<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.metadata_mut().insert(EPOCH_KEY, self.epoch.into());
+        request
+    }
+
+    /// A refusal by a member of a later epoch ends this member.
+    fn heed(&self, by: u64, status: Status) -> Status {
+        if let Some(epoch) = epoch_in(status.metadata()).filter(|epoch| *epoch > self.epoch) {
+            let fenced = Fenced { by: ControllerId(by), epoch, own: self.epoch };
+            self.fenced.send_if_modified(|known| known.replace(fenced).is_none());
+        }
+        status
     }
 
     /// # Errors
     /// See [`CallError`].
     pub async fn call(&self, id: u64, address: &str, call: &Call, deadline: Duration) -> Result<Answer, CallError> {
         let mut client = self.client(id, address, Lane::Control).map_err(CallError::NotSent)?;
-        let mut request = Request::new(wire::encode(call));
+        let mut request = self.signed(wire::encode(call));
         request.set_timeout(deadline);
         let sent = tokio::time::timeout(deadline, client.call(request)).await;
         let reply = sent.map_err(|_| CallError::Unclear(Status::deadline_exceeded("no answer in time")))?;
-        let frame = reply.map_err(|status| match was_sent(&status) {
+        let frame = reply.map_err(|status| match was_sent(&self.heed(id, status.clone())) {
             false => CallError::NotSent(status),
             true => CallError::Unclear(status),
         })?;
@@ -127,6 +152,11 @@ impl Peers {
             .tls_config(self.tls.clone())
             .map_err(bad)
     }
+}
+
+/// Of which cluster epoch the sender of these is; `None` when it does not say.
+pub fn epoch_in(metadata: &MetadataMap) -> Option<u64> {
+    metadata.get(EPOCH_KEY)?.to_str().ok()?.parse().ok()
 }
 
 /// False when the connection could not even be made.
@@ -190,7 +220,9 @@ impl NetStreamAppend<TypeConfig> for Connection {
         Box::pin(async move {
             let mut client = self.client(self.lane)?;
             let frames = input.map(|request| wire::encode(&request));
-            let replies = client.append(frames).await.map_err(|status| rpc_error(&status))?.into_inner();
+            let request = self.peers.signed(frames);
+            let refused = |status| rpc_error(&self.peers.heed(self.id, status));
+            let replies = client.append(request).await.map_err(refused)?.into_inner();
             let results = replies.map(|frame| {
                 let frame = frame.map_err(|status| rpc_error(&status))?;
                 wire::decode_frame::<StreamAppendResult<TypeConfig>>(&frame).map_err(|status| network(&status))
@@ -249,13 +281,13 @@ impl NetSnapshot<TypeConfig> for Connection {
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         let mut client = self.client(Lane::Bulk)?;
-        let frames = snapshot_frames(vote, snapshot.snapshot);
+        let frames = self.peers.signed(snapshot_frames(vote, snapshot.snapshot));
         let send = tokio::time::timeout(SNAPSHOT_DEADLINE, client.snapshot(frames));
         let reply = tokio::select! {
             closed = cancel => return Err(StreamingError::Closed(closed)),
             reply = send => reply.map_err(|elapsed| StreamingError::Network(NetworkError::new(&elapsed)))?,
         };
-        let frame = reply.map_err(|status| StreamingError::from(rpc_error(&status)))?;
+        let frame = reply.map_err(|status| StreamingError::from(rpc_error(&self.peers.heed(self.id, status))))?;
         wire::decode_frame::<SnapshotAnswer>(frame.get_ref()).map_err(|status| network(&status).into())
     }
 }

@@ -16,7 +16,7 @@ use std::{
 };
 
 use futures::future::join_all;
-use model::{Actor, Applied, Command, Entry, Timestamp, command::Request};
+use model::{Actor, Applied, Command, Entry, OperatorCommand, Timestamp, command::Request};
 use openraft::errors::ClientWriteError;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::SemaphorePermit, time::Instant};
@@ -104,6 +104,7 @@ impl Core {
     pub async fn propose_as_leader(&self, term: u64, command: Command) -> Result<Committed, ProposeError> {
         let proposal = Proposal { request: None, actor: Actor::System, command };
         let _permit = self.permit(checked_size(&proposal)?)?;
+        self.may_lead(&proposal.command)?;
         let leader = LeaderId { term, node_id: self.id };
         let (responder, answer) = openraft::impls::ProgressResponder::complete_only();
         let write = self.raft.write(self.stamped(proposal)).responder(responder).with_leader(leader);
@@ -130,6 +131,20 @@ impl Core {
             self.append(proposal, deadline).await.outcome()
         }))
         .await
+    }
+
+    /// Refuses what some member might not understand, and everything when this leader's contact with a majority is over:
+    /// nothing that is appended now can be answered, so it is said at once.
+    pub(super) fn may_lead(&self, command: &Command) -> Result<(), ProposeError> {
+        let at = self.machine.read(|state, _| state.quorum().level);
+        match command {
+            Command::Operator(OperatorCommand::RaiseLevel { level }) if *level > self.knows => {
+                Err(ProposeError::Level { needs: *level, at: self.knows })
+            }
+            other if other.level() > at => Err(ProposeError::Level { needs: other.level(), at }),
+            _ if !self.has_quorum() => Err(ProposeError::NoQuorum),
+            _ => Ok(()),
+        }
     }
 
     /// An entry as it will stand in the log, with the time of now.
@@ -167,9 +182,14 @@ impl Attempt {
     pub fn from_leader(result: Result<Committed, ProposeError>) -> Self {
         match result {
             Ok(committed) => Self::Committed(committed),
-            Err(ProposeError::NotLeader | ProposeError::NoQuorum | ProposeError::Stopped) => Self::NotProposed,
+            Err(ProposeError::NotLeader | ProposeError::Stopped) => Self::NotProposed,
             Err(ProposeError::Unknown) => Self::Unknown,
-            Err(error @ (ProposeError::Overloaded | ProposeError::TooLarge { .. })) => Self::Refused(error),
+            Err(
+                error @ (ProposeError::NoQuorum
+                | ProposeError::Overloaded
+                | ProposeError::TooLarge { .. }
+                | ProposeError::Level { .. }),
+            ) => Self::Refused(error),
         }
     }
 

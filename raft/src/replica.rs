@@ -36,7 +36,7 @@ use crate::{
         forward::{self, FORWARD_QUEUE},
     },
     serve::{self, PeerService},
-    status::{Leadership, QuorumStatus},
+    status::{Fenced, Leadership, QuorumStatus},
     succession::{self, BROKEN_STREAMS},
     watcher,
 };
@@ -55,6 +55,10 @@ pub struct ReplicaConfig {
     pub data: PathBuf,
     pub tls: PeerTls,
     pub timing: Timing,
+    /// The cluster epoch that it belongs to: 0 unless the quorum was refounded. Members of another are not spoken with.
+    pub epoch: u64,
+    /// The highest feature level that it knows: `model::level::LATEST`, but for tests.
+    pub knows: u32,
     /// Entries between two snapshots, and the entries kept behind one for members that were away for a while.
     pub snapshot_every: u64,
 }
@@ -136,10 +140,15 @@ impl Replica {
     /// As [`Self::open`], with another answer to a failing disk.
     pub(crate) async fn open_with(config: ReplicaConfig, on_failure: OnFailure) -> Result<Self, OpenError> {
         let settings = settings(&config)?;
-        let peers = Peers::new(api::tls::client_tls(&checked_identity(&config)?));
-        let (data, failed) = (config.data.clone(), on_failure.clone());
-        let opened = tokio::task::spawn_blocking(move || open_storage(&data, &failed)).await;
+        let fenced = watch::Sender::default();
+        let peers = Peers::new(api::tls::client_tls(&checked_identity(&config)?), config.epoch, fenced.clone());
+        let (data, failed, knows) = (config.data.clone(), on_failure.clone(), config.knows);
+        let opened = tokio::task::spawn_blocking(move || open_storage(&data, &failed, knows)).await;
         let (log, tables, machine) = opened.map_err(|e| OpenError::Start(e.to_string()))??;
+        let (epoch, behind) = machine.read(|state, _| (state.quorum().epoch, state.quorum().epoch > config.epoch));
+        if behind {
+            return Err(OpenError::Epoch { state: epoch, own: config.epoch });
+        }
         let log = LogAdapter::new(log, tables);
         let id = config.id.0;
         let raft = Raft::new(id, Arc::new(settings), peers.clone(), log, machine.clone()).await;
@@ -151,6 +160,9 @@ impl Replica {
         let core = Arc::new(Core {
             id,
             timing: config.timing,
+            epoch: config.epoch,
+            knows: config.knows,
+            fenced,
             raft,
             machine,
             peers,
@@ -266,6 +278,11 @@ impl Replica {
         self.core.last_contact().map(|at| at.elapsed())
     }
 
+    /// Set for ever once a member of a later cluster epoch has spoken with this one: it may not take part any more.
+    pub fn watch_fenced(&self) -> watch::Receiver<Option<Fenced>> {
+        self.core.fenced.subscribe()
+    }
+
     pub fn is_leader(&self) -> bool {
         self.core.leadership().leading
     }
@@ -352,12 +369,16 @@ impl Replica {
     }
 }
 
-fn open_storage(data: &std::path::Path, on_failure: &OnFailure) -> Result<(Log, StateStore, Machine), OpenError> {
+fn open_storage(
+    data: &std::path::Path,
+    on_failure: &OnFailure,
+    knows: u32,
+) -> Result<(Log, StateStore, Machine), OpenError> {
     let log = Log::open(&data.join("raft-log"), on_failure.clone())?;
     let (tables, loaded) = StateStore::open(data, on_failure.clone())?;
     let snapshots = SnapshotStore::open(&data.join("snapshots"))?;
     check_whole(&log, loaded.applied, &snapshots)?;
-    let machine = Machine::new(loaded, tables.clone(), snapshots, on_failure.clone())?;
+    let machine = Machine::new(loaded, tables.clone(), snapshots, on_failure.clone(), knows)?;
     Ok((log, tables, machine))
 }
 

@@ -9,15 +9,17 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    core::SharedCore,
+    core::{Core, SharedCore},
     dialect::TypeConfig,
     error::ReadError,
     linear::READ_DEADLINE,
     machine,
+    peer::{EPOCH_KEY, epoch_in},
     proto::{
         Frame,
         peer_server::{Peer, PeerServer},
     },
+    status::Fenced,
     succession::Watched,
     wire::{self, Answer, Call, MAX_FRAME_BYTES, SnapshotHead},
 };
@@ -41,7 +43,7 @@ impl Peer for Serve {
     type AppendStream = Pin<Box<dyn Stream<Item = Result<Frame, Status>> + Send>>;
 
     async fn append(&self, request: Request<Streaming<Frame>>) -> Result<Response<Self::AppendStream>, Status> {
-        let peer = authorize(&request)?;
+        let peer = authorize(&self.core, &request)?;
         // The stream ends at the first message that is not a leader's own: the leader then begins a new one.
         let decode = move |frame: Result<Frame, Status>| {
             let request = wire::decode_frame::<AppendEntriesRequest<TypeConfig>>(&frame.ok()?).ok()?;
@@ -64,13 +66,13 @@ impl Peer for Serve {
     }
 
     async fn call(&self, request: Request<Frame>) -> Result<Response<Frame>, Status> {
-        let peer = authorize(&request)?;
+        let peer = authorize(&self.core, &request)?;
         let answer = self.answer(peer, wire::decode_frame(request.get_ref())?).await?;
         Ok(Response::new(wire::encode(&answer)))
     }
 
     async fn snapshot(&self, request: Request<Streaming<Frame>>) -> Result<Response<Frame>, Status> {
-        let peer = authorize(&request)?;
+        let peer = authorize(&self.core, &request)?;
         let mut frames = request.into_inner();
         let first = frames.next().await.ok_or_else(|| Status::invalid_argument("the snapshot has no head"))??;
         let head: SnapshotHead = wire::decode_frame(&first)?;
@@ -145,11 +147,25 @@ impl Serve {
     }
 }
 
-/// The caller, if its certificate is a controller's.
-fn authorize<T>(request: &Request<T>) -> Result<ControllerId, Status> {
+/// The caller, if its certificate is a controller's and it is of this cluster epoch.
+fn authorize<T>(core: &Core, request: &Request<T>) -> Result<ControllerId, Status> {
     let name = api::tls::peer_identity(request);
     let controller = name.as_deref().and_then(|name| name.parse().ok());
-    controller.ok_or_else(|| Status::permission_denied("only controllers may call this"))
+    let peer: ControllerId = controller.ok_or_else(|| Status::permission_denied("only controllers may call this"))?;
+    let epoch = epoch_in(request.metadata()).unwrap_or_default();
+    if epoch == core.epoch {
+        return Ok(peer);
+    }
+    let own = core.epoch;
+    if epoch > own {
+        core.fenced.send_if_modified(|known| known.replace(Fenced { by: peer, epoch, own }).is_none());
+    }
+    let why =
+        format!("{peer} is of cluster epoch {epoch} and controller-{} of {own}: they are not of one quorum", core.id);
+    tracing::warn!(%peer, epoch, own, "a controller of another cluster epoch was refused");
+    let mut refusal = Status::failed_precondition(why);
+    refusal.metadata_mut().insert(EPOCH_KEY, own.into());
+    Err(refusal)
 }
 
 async fn on_disk<T: Send + 'static>(

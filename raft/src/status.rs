@@ -12,6 +12,26 @@ pub struct Leadership {
     pub leading: bool,
 }
 
+/// A member of a later cluster epoch exists: the quorum was refounded without this controller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fenced {
+    /// Who said so.
+    pub by: ControllerId,
+    pub epoch: u64,
+    pub own: u64,
+}
+
+impl std::fmt::Display for Fenced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { by, epoch, own } = self;
+        write!(
+            f,
+            "{by} is of cluster epoch {epoch} and this controller of {own}: the quorum was refounded without it, and it \
+             may never take part again; empty its directory and join under a new id"
+        )
+    }
+}
+
 /// The hash of the whole state at an index. Replicas have equal hashes at equal indexes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HashAt {
@@ -38,6 +58,9 @@ pub struct MemberStatus {
     pub applied: Option<u64>,
     /// At the newest index that both it and the answering replica have a hash of; else its latest.
     pub hash: Option<HashAt>,
+    /// The version of the program that it runs, and the highest feature level that it knows.
+    pub version: Option<String>,
+    pub knows: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +86,21 @@ pub struct Report {
     pub hashes: Vec<HashAt>,
     /// Known by the leader only: how far each member's log agrees with its own.
     pub matched: Vec<(u64, u64)>,
+    pub version: String,
+    /// The highest feature level that it knows.
+    pub knows: u32,
+}
+
+impl QuorumStatus {
+    /// The highest feature level that every member knows.
+    ///
+    /// # Errors
+    /// The member that did not say.
+    pub fn common_level(&self) -> Result<u32, ControllerId> {
+        let levels: Result<Vec<u32>, ControllerId> =
+            self.members.iter().map(|member| member.knows.ok_or(member.id)).collect();
+        Ok(levels?.into_iter().min().unwrap_or(model::level::OLDEST))
+    }
 }
 
 /// The indexes at which two replicas have different hashes: none, unless `apply` is not deterministic or a disk lies.

@@ -24,7 +24,7 @@ impl StoreBuilder<TypeConfig, LogAdapter, Machine, tempfile::TempDir> for Builde
         let log = Log::open(&directory.path().join("raft-log"), on_failure.clone()).unwrap();
         let (tables, loaded) = StateStore::open(directory.path(), on_failure.clone()).unwrap();
         let snapshots = SnapshotStore::open(&directory.path().join("snapshots")).unwrap();
-        let machine = Machine::new(loaded, tables, snapshots, on_failure.clone()).unwrap();
+        let machine = Machine::new(loaded, tables, snapshots, on_failure.clone(), model::level::LATEST).unwrap();
         // The suite purges logs that it never applied, so the log is shown tables that have everything on disk.
         let (ahead, _) = StateStore::open(&directory.path().join("ahead"), on_failure).unwrap();
         let applied = Some(Position { term: 1, leader: 1, index: 1_000_000 });

@@ -110,6 +110,8 @@ impl Core {
             applied: self.machine.read(|_, index| index),
             hashes: self.machine.hashes(),
             matched: self.matched().into_iter().collect(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            knows: self.knows,
         }
     }
 
@@ -136,6 +138,8 @@ impl Core {
                 matched: own.matched.iter().find(|(member, _)| *member == id).map(|(_, index)| *index),
                 applied: me.then_some(own.applied),
                 hash: if me { own.hashes.last().copied() } else { None },
+                version: me.then(|| own.version.clone()),
+                knows: me.then_some(own.knows),
             }
         };
         QuorumStatus {
@@ -161,6 +165,8 @@ impl Core {
         for (member, report) in status.members.iter_mut().zip(&reports) {
             member.reachable = report.is_some();
             member.applied = report.as_ref().map(|r| r.applied);
+            member.version = report.as_ref().map(|r| r.version.clone());
+            member.knows = report.as_ref().map(|r| r.knows);
             member.hash = report.as_ref().and_then(|r| comparable(&ours, &r.hashes));
             member.matched = matched.iter().find(|(id, _)| *id == member.id.0).map(|(_, index)| *index);
         }

@@ -41,6 +41,10 @@ pub enum StorageError {
     PurgeTooFar { wanted: u64, flushed: u64 },
     #[error("the snapshot is refused: {0}")]
     BadSnapshot(String),
+    #[error(
+        "the cloud is at feature level {level} and this version of trefoil knows up to {known}: run a newer version here"
+    )]
+    TooNew { level: u32, known: u32 },
     #[error("the log's writer has stopped")]
     Stopped,
 }

@@ -23,6 +23,8 @@ pub mod failure;
 #[cfg(feature = "rocksdb")]
 pub mod log;
 #[cfg(feature = "rocksdb")]
+pub mod plant;
+#[cfg(feature = "rocksdb")]
 pub mod record;
 #[cfg(feature = "rocksdb")]
 pub mod snapshot;

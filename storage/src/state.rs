@@ -251,6 +251,11 @@ impl Tables {
         if marks.applied.is_none() {
             return Ok(Loaded { state: State::default(), applied: None, membership: marks.membership });
         }
+        // Before the rows: a newer version may have rows that cannot be read here.
+        let level = self.level()?;
+        if level > model::level::LATEST {
+            return Err(StorageError::TooNew { level, known: model::level::LATEST });
+        }
         let mut failed = None;
         let rows = self.rows().map_while(|row| row.map_err(|e| failed = Some(e)).ok());
         let state = State::load(rows).map_err(|e| StorageError::Rows(e.to_string()));
@@ -262,6 +267,14 @@ impl Tables {
             return Err(StorageError::Rows("they are not of the hash that was stored with them".into()));
         }
         Ok(Loaded { state, applied: marks.applied, membership: marks.membership })
+    }
+
+    /// The feature level of the rows.
+    fn level(&self) -> Result<u32, StorageError> {
+        let key = [&[model::Quorum::TABLE][..], &record::to_bytes(&0_u8)].concat();
+        let row = self.db.get_pinned_cf(self.rows_family(), key).map_err(StorageError::database(&self.path))?;
+        let level = row.map_or(Some(model::level::OLDEST), |row| model::Quorum::level_of(&row));
+        level.ok_or_else(|| StorageError::damaged("the feature level in the state tables"))
     }
 
     /// Every row: table, key, value.

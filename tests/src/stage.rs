@@ -2,6 +2,7 @@
 //! for named conditions.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     process::Output,
     sync::atomic::{AtomicUsize, Ordering},
@@ -180,6 +181,32 @@ impl Stage {
         let body = api::proto::GetTagRequest { tenant: TENANT.into(), key: key.into(), stale: false };
         let call = |mut stub: Stub, request| async move { stub.get_tag(request).await };
         Ok(self.client.read(body, call).await?.value)
+    }
+
+    /// By machine: the hosts on which it is on now. Every moment until now is looked at.
+    ///
+    /// # Panics
+    /// When a machine was ever on at two hosts at once.
+    pub fn running(&self) -> BTreeMap<String, BTreeSet<String>> {
+        let mut on: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        let effects = std::fs::read_to_string(self.cluster.effects()).expect("agents write what they do");
+        for line in effects.lines() {
+            let line: Value = serde_json::from_str(line).expect("an effect is a JSON object");
+            let text = |key: &str| line[key].as_str().expect("it says who and what").to_owned();
+            let hosts = on.entry(text("vm")).or_default();
+            match text("effect").as_str() {
+                "start" | "resume" | "continue" => drop(hosts.insert(text("host"))),
+                "stop" | "suspend" | "pause" | "remove" => drop(hosts.remove(&text("host"))),
+                other => panic!("'{other}' is no effect that is known here"),
+            }
+            assert!(hosts.len() <= 1, "{} is on at {hosts:?}: {effects}", text("vm"));
+        }
+        on
+    }
+
+    /// After the cloud was restored: the operator has another token.
+    pub fn renew_client(&mut self) {
+        self.client = self.cluster.client().expect("a client");
     }
 
     /// Waits until all running controllers agree, then compares the hashes of their states.

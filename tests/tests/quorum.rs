@@ -133,6 +133,56 @@ async fn members_are_added_removed_and_leadership_is_handed_over() {
     assert_eq!(stage.tag("after").await.unwrap(), "the removal");
 }
 
+/// Waits until so many controllers have a vote.
+async fn voters(stage: &Stage, count: usize) {
+    until(&format!("{count} controllers vote"), async || {
+        let status = stage.cluster.status(0).await.ok_or("no answer")?;
+        let voters = status.controllers.iter().filter(|c| c.role == "voter" || c.role == "leader").count();
+        let known = status.controllers.len();
+        if (voters, known) == (count, count) && status.leader != 0 { Ok(()) } else { Err(format!("{status:?}")) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_grow_to_five_lose_two_and_shrink_again_while_writes_go_on() {
+    let mut stage = Stage::set(0).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = tokio::spawn(write_on(stage.client.clone(), stop.clone()));
+    let fourth = stage.cluster.add_controller().await.expect("a fourth joins");
+    let fifth = stage.cluster.add_controller().await.expect("a fifth joins");
+    voters(&stage, 5).await;
+
+    // Five survive the loss of two; one of them is dead for good and replaced.
+    assert!(stage.cluster.kill(1).unwrap() && stage.cluster.kill(fifth).unwrap());
+    stage.set_tag("three-of-five", "are a majority").await.expect("a write succeeds with three of five");
+    stage.cluster.restart(fifth).unwrap();
+    let new = stage.cluster.wipe_and_rejoin(1).await.expect("the dead one is replaced");
+    assert!(new > 5, "it came back as controller-{new}");
+    voters(&stage, 5).await;
+
+    for extra in [fourth, fifth] {
+        let call = |mut stub: Stub, request| async move { stub.remove_controller(request).await };
+        let removed = ControllerRef { id: stage.cluster.id(extra) };
+        stage.client.mutate(new_request_id(), removed, call).await.expect("it is removed");
+        assert!(stage.cluster.terminate(extra).unwrap(), "it ends when it is asked");
+    }
+    voters(&stage, 3).await;
+    stop.store(true, Ordering::Relaxed);
+    let acknowledged = writer.await.unwrap();
+    assert!(acknowledged.len() > 10, "only {} writes were acknowledged", acknowledged.len());
+    stage.settled().await;
+    for controller in 0..3 {
+        let body = GetTagRequest { tenant: TENANT.into(), key: "three-of-five".into(), stale: false };
+        let request = stage.client.request(None, body, std::time::Duration::from_secs(10));
+        assert!(stage.client.stub(controller).get_tag(request).await.is_ok());
+    }
+    for key in &acknowledged {
+        assert_eq!(stage.tag(key).await.as_ref(), Ok(key));
+    }
+    stage.strike().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_check_of_a_sound_state_says_so() {
     let stage = Stage::furnished(1).await;

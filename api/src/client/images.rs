@@ -66,7 +66,11 @@ impl Client {
         Ok(digest)
     }
 
-    async fn restarting<A, Fut>(&self, id: Option<RequestId>, attempt: impl Fn(usize) -> Fut) -> Result<A, ApiError>
+    pub(super) async fn restarting<A, Fut>(
+        &self,
+        id: Option<RequestId>,
+        attempt: impl Fn(usize) -> Fut,
+    ) -> Result<A, ApiError>
     where
         Fut: Future<Output = Result<A, ApiError>>,
     {

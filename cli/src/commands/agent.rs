@@ -78,6 +78,10 @@ pub struct HostSettings {
     /// host:port at which controllers and other agents reach it
     #[arg(long, value_name = "ENDPOINT")]
     advertise: Option<String>,
+    /// Controller to try besides those that it knows, such as one of a quorum that was restored at another address
+    #[arg(long = "controller", value_name = "ENDPOINT")]
+    #[serde(default)]
+    controllers: Vec<String>,
     /// Address to listen on [default: [::]:7480]
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
@@ -176,6 +180,7 @@ impl HostSettings {
     fn over(self, file: Self) -> Self {
         Self {
             advertise: self.advertise.or(file.advertise),
+            controllers: if self.controllers.is_empty() { file.controllers } else { self.controllers },
             listen: self.listen.or(file.listen),
             underlay: self.underlay.or(file.underlay),
             hypervisor: self.hypervisor.or(file.hypervisor),
@@ -216,7 +221,7 @@ impl HostSettings {
             listen: self.listen.unwrap_or_else(|| SocketAddr::from(([0; 16], 7480))),
             underlay: self.underlay()?,
             advertise: self.advertise,
-            controllers: Vec::new(),
+            controllers: self.controllers,
             hypervisor,
             image_reserve_bytes: self.image_reserve.unwrap_or(DEFAULT_IMAGE_RESERVE_BYTES),
         })

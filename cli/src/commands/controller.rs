@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use controller::{InitArgs, JoinArgs, RunArgs, Timing};
+use controller::{InitArgs, JoinArgs, RestoreArgs, RunArgs, Timing};
 use serde_json::json;
 
 use super::asked_to_end;
@@ -17,7 +17,7 @@ use crate::{
 pub enum ControllerCommand {
     /// Makes a new cloud with this controller as its first; writes DATA/client.toml with the operator's token
     #[command(
-        after_help = "Example:\n  trefoil controller init --data /var/lib/trefoil/controller --advertise 192.0.2.1:7470"
+        after_help = "Example:\n  trefoil controller init --data /var/lib/trefoil/controller --advertise 192.0.2.1:7470\n  trefoil controller init --data /var/lib/trefoil/controller --advertise 192.0.2.1:7470 --from-backup cloud.quorum"
     )]
     Init {
         #[command(flatten)]
@@ -25,6 +25,9 @@ pub enum ControllerCommand {
         /// Name of the first operator
         #[arg(long, default_value = "admin")]
         operator: String,
+        /// Makes the cloud of this backup again, with this machine as its only controller; the operator gets a new token
+        #[arg(long, value_name = "FILE")]
+        from_backup: Option<PathBuf>,
     },
     /// Makes this machine a controller of a cloud that exists
     #[command(
@@ -102,24 +105,27 @@ impl ControllerCommand {
 /// As the controller tells them.
 pub async fn run(command: ControllerCommand, format: Format) -> Result<()> {
     match command {
-        ControllerCommand::Init { place, operator } => init(place, operator, format).await,
+        ControllerCommand::Init { place, operator, from_backup } => init(place, operator, from_backup, format).await,
         ControllerCommand::Join { place, token } => join(place, &token, format).await,
         ControllerCommand::Run { data, .. } => controller::run(RunArgs { data }, asked_to_end()?).await,
     }
 }
 
-async fn init(place: Place, operator: String, format: Format) -> Result<()> {
+async fn init(place: Place, operator: String, from_backup: Option<PathBuf>, format: Format) -> Result<()> {
     let name = super::name_or_host(place.name)?;
-    let made = controller::init(InitArgs {
-        data: place.data.clone(),
-        name,
-        listen: place.listen,
-        advertise: place.advertise.clone(),
-        operator: operator.clone(),
-        timing: place.timing.into(),
-        snapshot_every: place.snapshot_every,
-    })
-    .await?;
+    let (data, listen, advertise) = (place.data.clone(), place.listen, place.advertise.clone());
+    let (timing, snapshot_every) = (place.timing.into(), place.snapshot_every);
+    let to = operator.clone();
+    let made = match from_backup {
+        None => {
+            let args = InitArgs { data, name, listen, advertise, operator: to, timing, snapshot_every };
+            controller::init(args).await?
+        }
+        Some(file) => {
+            let args = RestoreArgs { file, data, name, listen, advertise, operator: to, timing, snapshot_every };
+            controller::restore(args).await?
+        }
+    };
     let data = std::path::absolute(&place.data)?;
     let file = data.join("client.toml");
     let socket = format!("unix:{}", data.join("api.sock").display());

@@ -1,12 +1,12 @@
 //! `trefoil quorum`: the controllers as one: who is in it, who leads, and whether they agree.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use api::{
     error::ApiError,
     proto::{
         ControllerRef, ControllerStatus, IssueJoinTokenRequest, QuorumCheckReply, QuorumCheckRequest,
-        QuorumStatusReply, QuorumStatusRequest,
+        QuorumStatusReply, QuorumStatusRequest, UpgradeQuorumRequest,
     },
 };
 use clap::{Subcommand, ValueEnum};
@@ -14,9 +14,13 @@ use serde_json::json;
 
 use crate::{
     context::{Context, change, read},
-    output::{Rows, details},
+    output::{Format, Rows, details},
     quantity::duration,
 };
+
+mod backup;
+#[cfg(feature = "controller")]
+mod recover;
 
 #[derive(Debug, Subcommand)]
 pub enum QuorumCommand {
@@ -26,6 +30,31 @@ pub enum QuorumCommand {
     /// Looks at the whole state: is everything as it must always be? (operators)
     #[command(after_help = "Example:\n  trefoil quorum check")]
     Check,
+    /// Writes the cloud's whole state, with the key of its authority, into a file that is verified (operators)
+    #[command(
+        after_help = "Example:\n  trefoil quorum backup cloud-2026-11-22.quorum\n  trefoil quorum backup --verify cloud-2026-11-22.quorum"
+    )]
+    Backup {
+        /// Where to; must not exist
+        file: PathBuf,
+        /// Reads such a file and checks all of it, without any controller
+        #[arg(long)]
+        verify: bool,
+    },
+    /// Makes a stopped controller the whole quorum, when a majority is lost for ever; runs on its machine
+    #[cfg(feature = "controller")]
+    #[command(after_help = "Example:\n  trefoil quorum recover --from /var/lib/trefoil/controller --i-have-fenced 2,3")]
+    Recover {
+        /// Directory of the controller that is left; it must not run
+        #[arg(long, value_name = "DIRECTORY")]
+        from: PathBuf,
+        /// All other controllers: none of them runs, and none can ever run again with its present directory
+        #[arg(long, value_name = "IDS", value_parser = controller, value_delimiter = ',')]
+        i_have_fenced: Option<Vec<u64>>,
+    },
+    /// Lets the quorum use what every controller's version knows (operators)
+    #[command(after_help = "Example:\n  trefoil quorum upgrade")]
+    Upgrade,
     /// Prints a one-time token that a controller or an agent joins with (operators)
     #[command(after_help = "Example:\n  trefoil quorum token --role agent --valid 1h")]
     Token {
@@ -65,8 +94,34 @@ pub enum JoinRole {
     Agent,
 }
 
-pub async fn run(command: QuorumCommand, context: &Context) -> Result<(), ApiError> {
+/// `context` is made only when a controller is to be asked.
+pub async fn run(
+    command: QuorumCommand,
+    context: impl FnOnce() -> Result<Context, ApiError>,
+    format: Format,
+) -> Result<(), ApiError> {
     match command {
+        QuorumCommand::Backup { file, verify: true } => backup::verify(&file, format),
+        #[cfg(feature = "controller")]
+        QuorumCommand::Recover { from, i_have_fenced } => {
+            recover::recover(from, i_have_fenced, format).await.map_err(super::local)
+        }
+        other => ask(other, &context()?).await,
+    }
+}
+
+async fn ask(command: QuorumCommand, context: &Context) -> Result<(), ApiError> {
+    match command {
+        QuorumCommand::Backup { file, .. } => backup::back_up(&file, context).await,
+        #[cfg(feature = "controller")]
+        QuorumCommand::Recover { .. } => Err(ApiError::internal("a recovery asks no controller")),
+        QuorumCommand::Upgrade => {
+            let reply = change!(context, upgrade_quorum, UpgradeQuorumRequest {})?;
+            context.print(&reply, || match reply.from == reply.to {
+                true => format!("the cloud is at level {}, the highest that every controller knows", reply.to),
+                false => format!("the cloud rose from level {} to {}", reply.from, reply.to),
+            })
+        }
         QuorumCommand::Status => {
             let status = read!(context, quorum_status, QuorumStatusRequest {})?;
             context.print(&status, || describe(&status))
@@ -124,6 +179,7 @@ fn describe(status: &QuorumStatusReply) -> String {
     let head = details(
         &[
             ("cloud", status.cluster.clone()),
+            ("level", format!("{}, epoch {}", status.level, status.epoch)),
             ("leader", format!("{leader}, term {}", status.term)),
             ("answered by", format!("controller-{}", status.answered_by)),
             (
@@ -148,9 +204,11 @@ fn describe(status: &QuorumStatusReply) -> String {
             controller.matched_index.to_string(),
             controller.applied_index.to_string(),
             format!("{hash}@{}", controller.hash_index),
+            controller.version.clone(),
+            controller.level.to_string(),
         ]
     };
-    let header = &["ID", "NAME", "ADDRESS", "ROLE", ">MATCHED", ">APPLIED", "STATE HASH"];
+    let header = &["ID", "NAME", "ADDRESS", "ROLE", ">MATCHED", ">APPLIED", "STATE HASH", "VERSION", ">LEVEL"];
     format!("{head}\n\n{}", Rows::new(header, status.controllers.iter().map(row)).render(None))
 }
 

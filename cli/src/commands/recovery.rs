@@ -2,7 +2,7 @@
 
 use api::{
     error::ApiError,
-    proto::{ArmRecoveryRequest, RecoveryRequest, RecoveryStatus, Waiting},
+    proto::{ArmRecoveryRequest, EndRefoundingRequest, RecoveryRequest, RecoveryStatus, Refounding, Waiting},
 };
 use clap::Subcommand;
 
@@ -24,6 +24,9 @@ pub enum RecoveryCommand {
     /// Leaves the machines of lost nodes where they are
     #[command(after_help = "Example:\n  trefoil recovery disarm")]
     Disarm,
+    /// After a refounding: waits for no node any more, and sets aside on nodes what the quorum does not know
+    #[command(after_help = "Example:\n  trefoil recovery settle")]
+    Settle,
     /// Makes the machines of lost nodes again elsewhere; also lets go a brake that froze
     #[command(after_help = "Example:\n  trefoil recovery arm")]
     Arm,
@@ -35,6 +38,7 @@ pub async fn run(command: RecoveryCommand, context: &Context) -> Result<(), ApiE
             read!(context, get_recovery, RecoveryRequest { stale: context.stale })?
         }
         RecoveryCommand::Disarm => change!(context, arm_recovery, ArmRecoveryRequest { armed: false })?,
+        RecoveryCommand::Settle => change!(context, end_refounding, EndRefoundingRequest {})?,
         RecoveryCommand::Arm => change!(context, arm_recovery, ArmRecoveryRequest { armed: true })?,
     };
     output::label(context.format, status.read_at.as_ref());
@@ -75,7 +79,27 @@ fn describe(status: &RecoveryStatus) -> String {
     let drifting =
         status.drifting.iter().map(|name| format!("\nclock      of {name} drifts: no exclusive machines go there"));
     let drifting: String = drifting.collect();
-    format!("recovery   {brake}{lost}{suspects}{drifting}\nwaiting    {} machines", status.waiting.len())
+    let refounding: String = status.refounding.iter().map(open).collect();
+    format!("recovery   {brake}{refounding}{lost}{suspects}{drifting}\nwaiting    {} machines", status.waiting.len())
+}
+
+/// What is still to be found out after a refounding.
+fn open(refounding: &Refounding) -> String {
+    let awaited = match refounding.awaited.len() {
+        0 => String::new(),
+        _ => format!(
+            "\nawaited    {}: nothing of before is placed until they say what they hold",
+            refounding.awaited.join(", ")
+        ),
+    };
+    let orphan = |orphan: &api::proto::Orphan| {
+        format!("\nunknown    {} on {}, {}, by placement {}", orphan.vm, orphan.node, orphan.phase, orphan.epoch)
+    };
+    let orphans: String = refounding.orphans.iter().map(orphan).collect();
+    format!(
+        "\nrefounded  {}, and open until 'trefoil recovery settle'{awaited}{orphans}",
+        moment_text(refounding.at_millis)
+    )
 }
 
 fn table(waiting: &[Waiting]) -> Rows {
@@ -99,6 +123,16 @@ fn table(waiting: &[Waiting]) -> Rows {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_open_after_a_refounding_is_told() {
+        let orphan = api::proto::Orphan { vm: "vm-9".into(), node: "beta".into(), phase: "running".into(), epoch: 7 };
+        let refounding = Refounding { at_millis: 0, awaited: vec!["alpha".into()], orphans: vec![orphan] };
+        let status = RecoveryStatus { refounding: Some(refounding), ..RecoveryStatus::default() };
+        let text = describe(&status);
+        assert!(text.contains("awaited    alpha:") && text.contains("recovery settle"), "{text}");
+        assert!(text.contains("unknown    vm-9 on beta, running, by placement 7"), "{text}");
+    }
 
     #[test]
     fn a_frozen_brake_says_why_and_what_to_do() {

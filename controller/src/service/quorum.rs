@@ -1,16 +1,25 @@
 //! The quorum: tokens to join, who is in it, who leads it.
 
-use api::{error::ApiError, proto, token::JoinToken};
+use api::{
+    error::ApiError,
+    proto,
+    quorum_backup::{self, Header},
+    token::JoinToken,
+};
 use model::{Actor, Command, ControllerId, JoinRole, OperatorCommand, PlannerCommand, State, invariant};
 use raft::{MembershipError, Role};
 use tokio::sync::Semaphore;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
 
-use super::Service;
-use crate::{access, access::Caller};
+use super::{Flow, Service};
+use crate::{access, access::Caller, core::now};
 
 /// How long a join token is good for when nothing else was asked.
 const DEFAULT_VALID_MILLIS: u64 = 60 * 60 * 1000;
+
+/// Pieces of a backup between its making and the network.
+const PIECES_AHEAD: usize = 4;
 
 /// A check copies the whole state: two at once would take the memory of two more.
 static ONE_CHECK: Semaphore = Semaphore::const_new(1);
@@ -48,10 +57,11 @@ impl Service {
     ) -> Result<proto::QuorumStatusReply, ApiError> {
         access::caller(&self.core, &request).await?.must_be_operator()?;
         let status = self.core.replica.survey().await;
-        let (cluster, names) = self.core.replica.read(|state| {
+        let (cluster, names, epoch, level) = self.core.replica.read(|state| {
             let names: std::collections::BTreeMap<_, _> =
                 state.controllers().values().map(|controller| (controller.id, controller.name.clone())).collect();
-            (state.cluster().id.clone(), names)
+            let quorum = state.quorum();
+            (state.cluster().id.clone(), names, quorum.epoch, quorum.level)
         });
         let controller = |member: &raft::MemberStatus| proto::ControllerStatus {
             id: member.id.0,
@@ -72,6 +82,8 @@ impl Service {
                 .as_ref()
                 .map(|hash| hash.hash.iter().map(|b| format!("{b:02x}")).collect())
                 .unwrap_or_default(),
+            version: member.version.clone().unwrap_or_default(),
+            level: member.knows.unwrap_or_default(),
         };
         Ok(proto::QuorumStatusReply {
             cluster,
@@ -84,6 +96,8 @@ impl Service {
             controllers: status.members.iter().map(controller).collect(),
             snapshot_index: status.snapshot,
             hashes_agree: status.hashes_agree,
+            epoch,
+            level,
         })
     }
 
@@ -108,6 +122,74 @@ impl Service {
         };
         let examined = tokio::task::spawn_blocking(examine).await;
         examined.map_err(|_| ApiError::internal("the check was cut short"))
+    }
+
+    /// A copy at one index, verified as a reader of the file would, before its first byte is sent.
+    pub(super) async fn quorum_back_up(
+        &self,
+        request: Request<proto::BackUpQuorumRequest>,
+    ) -> Result<Flow<proto::Chunk>, ApiError> {
+        let caller = access::caller(&self.core, &request).await?;
+        caller.must_be_operator()?;
+        let turn = ONE_CHECK.try_acquire();
+        let turn = turn.map_err(|_| ApiError::overloaded("another check or backup runs on this controller"))?;
+        self.core.linearize().await?;
+        let core = self.core.clone();
+        let term = core.replica.leadership().term;
+        let copy = move || {
+            let (mut state, index) = core.replica.read_indexed(|state, index| (state.clone(), index));
+            state.drain_changes();
+            invariant::check(&state)
+                .map_err(|broken| ApiError::new("failed", format!("the state is not sound: {broken}")))?;
+            let header = Header {
+                cluster: state.cluster().id.clone(),
+                epoch: state.quorum().epoch,
+                level: state.quorum().level,
+                index,
+                term,
+                hash: state.hash(),
+                made_at: now(),
+                rows: state.rows().count() as u64,
+                ca_pem: core.authority.ca_pem.clone(),
+                ca_key_pem: core.authority.key_pem.clone(),
+            };
+            Ok::<_, ApiError>((header, state))
+        };
+        let copied = tokio::task::spawn_blocking(copy).await;
+        let (header, state) = copied.map_err(|_| ApiError::internal("the backup was cut short"))??;
+        tracing::info!(user = caller.name, index = header.index, rows = header.rows, "the quorum is backed up");
+        let (sender, pieces) = tokio::sync::mpsc::channel(PIECES_AHEAD);
+        tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            for piece in quorum_backup::pieces(&header, &state) {
+                // Whoever asked may have gone.
+                if sender.blocking_send(Ok(proto::Chunk { data: piece.into() })).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Box::pin(ReceiverStream::new(pieces)))
+    }
+
+    /// To the highest level that every member knows; each must answer.
+    pub(super) async fn quorum_upgrade(
+        &self,
+        request: Request<proto::UpgradeQuorumRequest>,
+    ) -> Result<proto::UpgradeQuorumReply, ApiError> {
+        access::caller(&self.core, &request).await?.must_be_operator()?;
+        self.core.linearize().await?;
+        let from = self.core.replica.read(|state| state.quorum().level);
+        let level = self.core.replica.survey().await.common_level().map_err(|silent| {
+            ApiError::new("failed", format!("{silent} does not say which level it knows: start it, or remove it"))
+        })?;
+        if level > from {
+            let make = |_: &State, _: &Caller, _: &proto::UpgradeQuorumRequest| {
+                Ok(Command::Operator(OperatorCommand::RaiseLevel { level }))
+            };
+            let (_, index, _) = self.change("UpgradeQuorum", &request, make).await?;
+            self.core.applied(index).await?;
+        }
+        Ok(proto::UpgradeQuorumReply { from, to: level.max(from) })
     }
 
     pub(super) async fn quorum_add(&self, request: Request<proto::ControllerRef>) -> Result<proto::Done, ApiError> {

@@ -1,7 +1,11 @@
 //! Lost hosts, the brake, and what waits for a host or for another try.
 
+use std::collections::BTreeMap;
+
 use api::{error::ApiError, proto};
-use model::{Brake, Command, Node, NodeState, OperatorCommand, State, Telemetry, Timestamp};
+use model::{
+    Brake, Command, Held, Node, NodeId, NodeState, OperatorCommand, Refounding, State, Telemetry, Timestamp, VmId,
+};
 use tonic::Request;
 
 use super::Service;
@@ -44,6 +48,19 @@ impl Service {
         let drifting = state.nodes().values().filter(|node| node.clock_drifts).map(|node| node.name.clone()).collect();
         proto::RecoveryStatus { suspects, drifting, ..shown(state) }
     }
+
+    pub(super) async fn refounding_end(
+        &self,
+        request: Request<proto::EndRefoundingRequest>,
+    ) -> Result<proto::RecoveryStatus, ApiError> {
+        let make = |_: &State, caller: &Caller, _: &proto::EndRefoundingRequest| {
+            caller.must_be_operator()?;
+            Ok(Command::Operator(OperatorCommand::EndRefounding))
+        };
+        let (_, index, _) = self.change("EndRefounding", &request, make).await?;
+        self.core.applied(index).await?;
+        Ok(self.core.replica.read(|state| self.recovery_shown(state)))
+    }
 }
 
 /// Nodes that are not heard, and what a closer look at them said.
@@ -55,6 +72,25 @@ fn suspects(state: &State, ears: &Telemetry, probes: &Probes) -> Vec<proto::Susp
         proto::SuspectNode { name, state, last_beat_age_millis, verdict }
     };
     missed.take(MOST_LISTED).map(row).collect()
+}
+
+fn refounding(state: &State, open: &Refounding) -> proto::Refounding {
+    let name = |id: &NodeId| state.nodes().get(id).map_or_else(|| id.to_string(), |node| node.name.clone());
+    let of_node = |(node, held): (&NodeId, &BTreeMap<VmId, Held>)| {
+        let node = name(node);
+        let orphan = |(vm, held): (&VmId, &Held)| proto::Orphan {
+            vm: vm.to_string(),
+            node: node.clone(),
+            epoch: held.epoch,
+            phase: format!("{:?}", held.phase).to_lowercase(),
+        };
+        held.iter().map(orphan).collect::<Vec<_>>()
+    };
+    proto::Refounding {
+        at_millis: open.at.0,
+        awaited: open.awaited.iter().map(name).collect(),
+        orphans: open.orphans.iter().flat_map(of_node).take(MOST_LISTED).collect(),
+    }
 }
 
 fn shown(state: &State) -> proto::RecoveryStatus {
@@ -90,5 +126,6 @@ fn shown(state: &State) -> proto::RecoveryStatus {
         read_at: None,
         suspects: Vec::new(),
         drifting: Vec::new(),
+        refounding: state.quorum().refounding.as_ref().map(|open| refounding(state, open)),
     }
 }

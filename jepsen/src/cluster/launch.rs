@@ -4,7 +4,7 @@ use std::{
     ffi::OsStr,
     fs::File,
     net::{TcpListener, UdpSocket},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
 };
 
@@ -58,6 +58,12 @@ struct ClientFile {
     token: String,
 }
 
+/// What a controller remembers of itself.
+#[derive(serde::Deserialize)]
+struct ControllerFile {
+    id: u64,
+}
+
 /// Waits until no other cluster of these tests runs on the machine.
 pub(super) fn take_turn() -> anyhow::Result<Flock<File>> {
     let path = std::env::temp_dir().join("trefoil-cluster.lock");
@@ -72,13 +78,36 @@ impl Cluster {
         let mut arguments = self.place(&member, "init");
         arguments.extend(["--operator".to_owned(), "operator".to_owned()]);
         self.once(member.host, &arguments)?;
-        let path = member.data.join("client.toml");
+        self.take_access(&member.data)?;
+        self.controllers.push(member);
+        self.run_controller(0, &[])
+    }
+
+    /// The operator's, as `init` has written it.
+    fn take_access(&mut self, data: &Path) -> anyhow::Result<()> {
+        let path = data.join("client.toml");
         let written: ClientFile =
             toml::from_str(&std::fs::read_to_string(&path)?).with_context(|| path.display().to_string())?;
         self.access = Access { ca_pem: written.ca, token: written.token };
-        std::fs::write(self.root.join("ca.pem"), &self.access.ca_pem)?;
-        self.controllers.push(member);
-        self.run_controller(0, &[])
+        Ok(std::fs::write(self.root.join("ca.pem"), &self.access.ca_pem)?)
+    }
+
+    /// The same place with an empty disk: the only controller of the cloud in a backup of the quorum.
+    ///
+    /// # Errors
+    /// When it runs, or the backup is refused.
+    pub fn restore(&mut self, controller: usize, backup: &Path) -> anyhow::Result<()> {
+        anyhow::ensure!(self.controllers[controller].process.is_none(), "it runs");
+        std::fs::remove_dir_all(&self.controllers[controller].data)?;
+        let mut arguments = self.place(&self.controllers[controller], "init");
+        let from = ["--operator", "operator", "--from-backup", &backup.display().to_string()].map(str::to_owned);
+        arguments.extend(from);
+        self.once(self.controllers[controller].host, &arguments)?;
+        let data = self.controllers[controller].data.clone();
+        self.take_access(&data)?;
+        let written: ControllerFile = toml::from_str(&std::fs::read_to_string(data.join("controller.toml"))?)?;
+        self.controllers[controller].id = written.id;
+        self.run_controller(controller, &[])
     }
 
     /// Another controller, joined with a one-time token; it becomes a voter once it has caught up.
@@ -173,6 +202,7 @@ impl Cluster {
             process: None,
         };
         let data = member.data.display().to_string();
+        let effects = self.effects().display().to_string();
         let arguments = [
             "agent",
             "join",
@@ -190,6 +220,8 @@ impl Cluster {
             "simulated",
             "--simulated-delay",
             SIMULATED_DELAY,
+            "--simulated-effects",
+            &effects,
             "--token",
             &token,
             "--output",

@@ -147,6 +147,7 @@ impl State {
             self.renumber_fetchers(changed);
         }
         self.remove_node(id);
+        self.await_no_more(id);
         Ok(Reply::Done)
     }
 

@@ -12,6 +12,9 @@ impl State {
         if !vm.wants_host() {
             return Err(Rejection::Stale(format!("{id} does not wait for a node")));
         }
+        if let Some(why) = self.may_be_elsewhere(id) {
+            return Err(Rejection::Halted(why));
+        }
         let host = self.nodes.get(&node).ok_or_else(|| check::missing(Noun::Node, node))?;
         self.may_hold(host, vm, vm.size)?;
         let mut vm = vm.clone();

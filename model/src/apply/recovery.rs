@@ -68,6 +68,7 @@ impl State {
     /// Why nothing may be taken from this host; `None` when it is lost and what is on it may be taken.
     pub(crate) fn recovery_is_halted(&self, node: &Node) -> Option<String> {
         match self.cluster().brake {
+            _ if self.refounding_is_open().is_some() => self.refounding_is_open(),
             _ if node.state != NodeState::Lost => Some(format!("{} is not lost", node.name)),
             _ if node.maintenance => Some(format!("{} is in maintenance", node.name)),
             Brake::Disarmed => Some("an operator disarmed it".into()),

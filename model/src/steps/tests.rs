@@ -41,7 +41,7 @@ fn network(vni: u32) -> NetworkWish {
 fn wish(vms: Vec<VmWish>) -> Assignment {
     let networks = if vms.is_empty() { vec![] } else { vec![network(100)] };
     let (cluster, node, images, rehearsals) = ("c".into(), NodeId(1), vec![], vec![]);
-    Assignment { cluster, node, incarnation: 1, generation: 5, vms, networks, images, rehearsals }
+    Assignment { cluster, node, incarnation: 1, generation: 5, vms, networks, images, rehearsals, spared: None }
 }
 
 /// A host on which image and network are there.

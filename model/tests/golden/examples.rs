@@ -40,12 +40,15 @@ pub fn name(command: &Command) -> &'static str {
         Command::Operator(O::MaintainNode { .. }) => "operator.maintain-node",
         Command::Operator(O::ArmRecovery { .. }) => "operator.arm-recovery",
         Command::Operator(O::RemoveNode { .. }) => "operator.remove-node",
+        Command::Operator(O::RaiseLevel { .. }) => "operator.raise-level",
+        Command::Operator(O::EndRefounding) => "operator.end-refounding",
         Command::Node(N::Attach { .. }) => "node.attach",
         Command::Node(N::ReportVms { .. }) => "node.report-vms",
         Command::Node(N::ReportImages { .. }) => "node.report-images",
         Command::Node(N::ReportBackups { .. }) => "node.report-backups",
         Command::Node(N::ReportRehearsals { .. }) => "node.report-rehearsals",
         Command::Node(N::Summarise { .. }) => "node.summarise",
+        Command::Node(N::TakeStock { .. }) => "node.take-stock",
         Command::Planner(P::Found { .. }) => "planner.found",
         Command::Planner(P::JoinController { .. }) => "planner.join-controller",
         Command::Planner(P::RetireController { .. }) => "planner.retire-controller",
@@ -63,6 +66,7 @@ pub fn name(command: &Command) -> &'static str {
         Command::Planner(P::ExpireRehearsal { .. }) => "planner.expire-rehearsal",
         Command::Planner(P::SetNodeClock { .. }) => "planner.set-node-clock",
         Command::Planner(P::AddReplica { .. }) => "planner.add-replica",
+        Command::Planner(P::Refound { .. }) => "planner.refound",
     }
 }
 
@@ -232,6 +236,20 @@ fn end() -> Vec<Command> {
         tenant_asks(TenantCommand::DeleteImage { image: ImageId(1) }),
         tenant_asks(TenantCommand::DeleteNetwork { network: NetworkId(1) }),
         tenant_asks(TenantCommand::DeleteVm { vm: VmId(2), force: true }),
+        operator(OperatorCommand::RaiseLevel { level: 2 }),
+        Command::Planner(PlannerCommand::Refound {
+            epoch: 1_700_000_000,
+            controller: ControllerId(11),
+            name: "eleven".into(),
+            address: "192.0.2.11:7470".into(),
+            operator: Some(("root".into(), Digest([8; 32]))),
+        }),
+        node(NodeCommand::TakeStock {
+            node: node_id,
+            incarnation: 1,
+            guests: vec![(vm, Held { epoch: 19, phase: Phase::Suspended })],
+        }),
+        operator(OperatorCommand::EndRefounding),
     ]
 }
 

@@ -148,7 +148,8 @@ fn reports(state: &State) -> Vec<(Actor, Command)> {
         | NodeCommand::ReportImages { node, .. }
         | NodeCommand::ReportBackups { node, .. }
         | NodeCommand::ReportRehearsals { node, .. }
-        | NodeCommand::Summarise { node, .. } => *node,
+        | NodeCommand::Summarise { node, .. }
+        | NodeCommand::TakeStock { node, .. } => *node,
     };
     out.into_iter().map(|command| (Actor::Node(node(&command)), Command::Node(command))).collect()
 }

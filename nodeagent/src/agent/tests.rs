@@ -153,7 +153,7 @@ impl NodeSession for Controller {
             let tell = |message: ToAgent| down.send(Ok(Frame { body: encode(&message).into() }));
             let incarnation = played.incarnation.fetch_add(1, Ordering::SeqCst);
             let beat_targets = played.targets.lock().unwrap().clone();
-            tell(ToAgent::Welcome { incarnation, beat_targets }).await.unwrap();
+            tell(ToAgent::Welcome { incarnation, beat_targets, epoch: 0, take_stock: false }).await.unwrap();
             let assignment = Assignment { incarnation, ..played.assignment.lock().unwrap().clone() };
             tell(ToAgent::Assignment(Box::new(assignment))).await.unwrap();
             loop {
@@ -205,7 +205,7 @@ fn assignment(sources: Vec<String>) -> Assignment {
     };
     let (cluster, node) = ("c".to_owned(), NodeId(1));
     let (vms, networks, images, rehearsals) = (vec![vm], vec![], vec![], vec![]);
-    Assignment { cluster, node, incarnation: 0, generation: 3, vms, networks, images, rehearsals }
+    Assignment { cluster, node, incarnation: 0, generation: 3, vms, networks, images, rehearsals, spared: None }
 }
 
 /// A data server of another host that holds the base image, and its address.

@@ -195,7 +195,7 @@ fn assignment(generation: u64, vms: Vec<VmWish>) -> Arc<Assignment> {
     let networks = vms.iter().take(1).map(|_| network()).collect();
     let (cluster, node) = ("c".to_owned(), NodeId(1));
     let (images, rehearsals) = (vec![], vec![]);
-    Arc::new(Assignment { cluster, node, incarnation: 1, generation, vms, networks, images, rehearsals })
+    Arc::new(Assignment { cluster, node, incarnation: 1, generation, vms, networks, images, rehearsals, spared: None })
 }
 
 fn network() -> NetworkWish {

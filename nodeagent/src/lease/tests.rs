@@ -7,7 +7,7 @@ use super::*;
 fn assignment(incarnation: u64, vms: Vec<VmWish>) -> Assignment {
     let (networks, images) = (Vec::new(), Vec::new());
     let (cluster, node, generation, rehearsals) = ("cloud".into(), NodeId(1), incarnation, vec![]);
-    Assignment { cluster, node, incarnation, generation, vms, networks, images, rehearsals }
+    Assignment { cluster, node, incarnation, generation, vms, networks, images, rehearsals, spared: None }
 }
 
 fn exclusive(vm: u64, epoch: u64) -> VmWish {

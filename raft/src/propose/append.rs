@@ -4,7 +4,7 @@
 //! state tables. Without turns, openraft would append each proposal as it comes, in batches of a few; with them a batch
 //! is as large as the load, and a lone proposal still goes at once.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use tokio::{
@@ -34,6 +34,9 @@ pub struct Append {
 impl Core {
     /// Appends to this replica's own log, if it leads.
     pub(super) async fn append(&self, proposal: Proposal, deadline: Instant) -> Attempt {
+        if let Err(refusal) = self.may_lead(&proposal.command) {
+            return Attempt::Refused(refusal);
+        }
         let (answer, outcome) = oneshot::channel();
         match timeout_at(deadline, self.appends.send(Append { proposal, answer })).await {
             Ok(Ok(())) => {}
@@ -51,16 +54,33 @@ impl Core {
 pub async fn append_loop(core: SharedCore, mut queue: mpsc::Receiver<Append>) {
     let turns = Arc::new(Semaphore::new(BATCHES));
     while let Some(first) = queue.recv().await {
-        let Ok(turn) = turns.clone().acquire_owned().await else { return };
+        let turn = tokio::select! {
+            turn = turns.clone().acquire_owned() => turn.ok(),
+            () = quorum_lost(&core) => None,
+        };
         let mut batch = vec![first];
         while batch.len() < BATCH_ENTRIES
             && let Ok(next) = queue.try_recv()
         {
             batch.push(next);
         }
+        let Some(turn) = turn else {
+            // The batch under way may wait for its answers in vain; these were not appended, and are told so.
+            for append in batch {
+                drop(append.answer.send(Attempt::Refused(ProposeError::NoQuorum)));
+            }
+            continue;
+        };
         // Who does not wait any more has called it unknown; it need not be done.
         batch.retain(|append| !append.answer.is_closed());
         tokio::spawn(append_batch(core.clone(), batch, turn));
+    }
+}
+
+/// Ends when this replica leads and its contact with a majority is over.
+async fn quorum_lost(core: &Core) {
+    while !core.leadership_is_mine() || core.has_quorum() {
+        tokio::time::sleep(Duration::from_millis(core.timing.heartbeat_millis)).await;
     }
 }
 

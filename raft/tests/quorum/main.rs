@@ -1,5 +1,6 @@
 //! What a quorum promises while its members die, come back, lose their disks and hand over.
 
+mod apart;
 mod support;
 
 use std::time::{Duration, Instant};

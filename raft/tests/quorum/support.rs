@@ -28,6 +28,9 @@ pub struct Quorum {
     members: BTreeMap<u64, Member>,
     addresses: BTreeMap<u64, SocketAddr>,
     timing: Timing,
+    /// Members of another cluster epoch than 0, and those that know less than this version.
+    pub epochs: BTreeMap<u64, u64>,
+    pub knows: BTreeMap<u64, u32>,
 }
 
 pub struct Member {
@@ -48,7 +51,8 @@ impl Quorum {
         let authority = CertificateAuthority::create("test").unwrap();
         let directory = tempfile::tempdir().unwrap();
         let (members, addresses) = (BTreeMap::new(), BTreeMap::new());
-        let mut quorum = Self { authority, directory, members, addresses, timing };
+        let (epochs, knows) = (BTreeMap::new(), BTreeMap::new());
+        let mut quorum = Self { authority, directory, members, addresses, timing, epochs, knows };
         quorum.start(1).await;
         let address = quorum.address(1);
         quorum.on(1, move |replica| async move { replica.initialize(&address).await }).await.unwrap();
@@ -120,6 +124,8 @@ impl Quorum {
             data: self.data(id),
             tls: identity.clone().into(),
             timing: self.timing,
+            epoch: self.epochs.get(&id).copied().unwrap_or(0),
+            knows: self.knows.get(&id).copied().unwrap_or(model::level::LATEST),
             snapshot_every: SNAPSHOT_EVERY,
         }
     }

@@ -1,0 +1,30 @@
+//! Feature levels: what every member of the quorum must understand before anybody says it.
+//!
+//! A controller knows the levels [`OLDEST`] to [`LATEST`]. The level of the cloud stands in its state and rises only by
+//! a log entry ([`crate::OperatorCommand::RaiseLevel`]), after every member has said that it knows the new one. A
+//! command of a higher level than the cloud's is never proposed, so that no member finds an entry in its log that it
+//! cannot read; a controller that does not know the cloud's level does not start.
+//!
+//! | level | since | what it adds |
+//! | --- | --- | --- |
+//! | 1 | 0.1.0 | the beginning |
+//! | 2 | 0.1.0 | refounding: a quorum made from a backup or from one survivor, and hosts that say what they hold |
+
+use crate::{Command, NodeCommand, OperatorCommand, PlannerCommand};
+
+/// The lowest level that this version can work at: its predecessor's.
+pub const OLDEST: u32 = 1;
+/// The highest level that this version knows.
+pub const LATEST: u32 = 2;
+
+impl Command {
+    /// The level at which it came to be.
+    pub fn level(&self) -> u32 {
+        match self {
+            Self::Planner(PlannerCommand::Refound { .. })
+            | Self::Node(NodeCommand::TakeStock { .. })
+            | Self::Operator(OperatorCommand::EndRefounding) => 2,
+            Self::Tenant(_) | Self::Operator(_) | Self::Node(_) | Self::Planner(_) => 1,
+        }
+    }
+}
