@@ -28,5 +28,5 @@ mod view;
 pub use config::Timing;
 pub use enrol::{JoinArgs, join};
 pub use found::{InitArgs, InitOutcome, init};
-pub use refound::{RecoverArgs, RestoreArgs, Survivor, recover, restore, survivor};
+pub use refound::{RecoverArgs, Survivor, recover, restore, survivor};
 pub use run::{RunArgs, run};

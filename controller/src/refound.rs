@@ -11,7 +11,6 @@
 use std::{
     collections::BTreeSet,
     fs,
-    net::SocketAddr,
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -30,8 +29,8 @@ use storage::{
 };
 
 use crate::{
-    config::{Config, Timing, fresh, random, snapshot_every},
-    found::{InitOutcome, raise_level, replica_config},
+    config::{Config, fresh, random, snapshot_every},
+    found::{InitArgs, InitOutcome, raise_level, replica_config},
 };
 
 /// The level at which `Refound` came to be.
@@ -43,30 +42,15 @@ const CLOCK_TOLERANCE_SECONDS: u64 = 60;
 const READY: &str = "refounded";
 const BUILDING: &str = "refounding";
 
-pub struct RestoreArgs {
-    pub file: PathBuf,
-    /// An empty or missing directory.
-    pub data: PathBuf,
-    pub name: String,
-    pub listen: SocketAddr,
-    /// `host:port` at which controllers and agents reach it.
-    pub advertise: String,
-    /// Who gets a new token.
-    pub operator: String,
-    pub timing: Timing,
-    /// Log entries between snapshots; `None` is the default.
-    pub snapshot_every: Option<u64>,
-}
-
-/// Makes this machine the only controller of the cloud in the backup.
+/// Makes this machine the only controller of the cloud in the backup; the operator gets a new token.
 ///
 /// # Errors
 /// When the directory is in use, the backup is not whole, the clock is behind it, or the disk fails.
-pub async fn restore(args: RestoreArgs) -> Result<InitOutcome> {
+pub async fn restore(args: InitArgs, file: PathBuf) -> Result<InitOutcome> {
     fresh(&args.data)?;
-    let file = fs::File::open(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
-    let read = tokio::task::spawn_blocking(move || quorum_backup::read(std::io::BufReader::new(file), |_| {}));
-    let backup = read.await?.with_context(|| format!("{} cannot be restored", args.file.display()))?;
+    let opened = fs::File::open(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    let read = tokio::task::spawn_blocking(move || quorum_backup::read(std::io::BufReader::new(opened), |_| {}));
+    let backup = read.await?.with_context(|| format!("{} cannot be restored", file.display()))?;
     let (header, state) = (backup.header, backup.state);
     let epoch = next_epoch(&state, header.index)?;
     let authority = CertificateAuthority::from_pem(&header.ca_pem, &header.ca_key_pem)?;

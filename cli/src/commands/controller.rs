@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use controller::{InitArgs, JoinArgs, RestoreArgs, RunArgs, Timing};
+use controller::{InitArgs, JoinArgs, RunArgs, Timing};
 use serde_json::json;
 
 use super::asked_to_end;
@@ -116,15 +116,10 @@ async fn init(place: Place, operator: String, from_backup: Option<PathBuf>, form
     let (data, listen, advertise) = (place.data.clone(), place.listen, place.advertise.clone());
     let (timing, snapshot_every) = (place.timing.into(), place.snapshot_every);
     let to = operator.clone();
+    let args = InitArgs { data, name, listen, advertise, operator: to, timing, snapshot_every };
     let made = match from_backup {
-        None => {
-            let args = InitArgs { data, name, listen, advertise, operator: to, timing, snapshot_every };
-            controller::init(args).await?
-        }
-        Some(file) => {
-            let args = RestoreArgs { file, data, name, listen, advertise, operator: to, timing, snapshot_every };
-            controller::restore(args).await?
-        }
+        None => controller::init(args).await?,
+        Some(file) => controller::restore(args, file).await?,
     };
     let data = std::path::absolute(&place.data)?;
     let file = data.join("client.toml");
