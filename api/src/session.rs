@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use model::{
     Assignment, Capacity, Held, HypervisorKind, NodeSummary, VmId,
-    command::{BackupReport, ImageReport, RehearsalReport, VmReport},
+    command::{BackupReport, ImageReport, MoveReport, RehearsalReport, VmReport},
 };
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,10 @@ pub enum FromAgent {
     BackupReports {
         number: u64,
         reports: Vec<BackupReport>,
+    },
+    MoveReports {
+        number: u64,
+        reports: Vec<MoveReport>,
     },
     Summary(NodeSummary),
     RehearsalReports {

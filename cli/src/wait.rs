@@ -38,6 +38,10 @@ impl WaitArgs {
         Instant::now() + self.wait_timeout
     }
 
+    pub fn limit(&self) -> Duration {
+        self.wait_timeout
+    }
+
     pub fn wanted(&self, context: &Context) -> bool {
         self.wait || (!self.no_wait && context.is_watched())
     }
@@ -51,6 +55,8 @@ pub enum Goal {
     Gone,
     /// Its backup of this number is made, or was given up.
     BackedUp(u32),
+    /// It is where it will have this placement, and is as it was before.
+    Moved(u64),
 }
 
 /// Returns the machine as it was last seen; `None` when it is gone.
@@ -101,6 +107,15 @@ fn judge(vm: Option<&Vm>, goal: Goal) -> Option<Result<(), ApiError>> {
         let outcome = if backups.reason.is_empty() { Ok(()) } else { Err(failed()) };
         return (backups.answered >= number).then_some(outcome);
     }
+    if let Goal::Moved(epoch) = goal {
+        let moves =
+            vm.migration.as_ref().is_some_and(|migration| migration.epoch == epoch && migration.stage == "moving");
+        let here = vm.epoch == epoch && matches!(vm.status.as_str(), "running" | "suspended");
+        let failed = || ApiError::new("failed", format!("{} '{}' was not moved: {}", vm.id, vm.name, vm.move_failure));
+        if here || (!moves && vm.epoch < epoch) {
+            return Some(if here { Ok(()) } else { Err(failed()) });
+        }
+    }
     // With a time to try again the cloud has not given up, so neither do we.
     let given_up = vm.status == "failed" && vm.retry_at_millis == 0;
     given_up.then(|| Err(ApiError::new("failed", format!("{} '{}' failed{}", vm.id, vm.name, because(vm)))))
@@ -133,7 +148,7 @@ pub fn progress_bar() -> ProgressBar {
 
 #[cfg(test)]
 mod tests {
-    use api::proto::VmBackups;
+    use api::proto::{Migration, VmBackups};
 
     use super::*;
 
@@ -157,6 +172,15 @@ mod tests {
         assert_eq!(judge(Some(&backups(1, "")), Goal::BackedUp(2)), None);
         assert_eq!(judge(Some(&backups(2, "")), Goal::BackedUp(2)), Some(Ok(())));
         assert!(judge(Some(&backups(2, "no space")), Goal::BackedUp(2)).unwrap().is_err());
+        let moving = |stage: &str, epoch| {
+            let migration = Migration { stage: stage.into(), epoch: 9, ..Migration::default() };
+            Vm { epoch, migration: Some(migration), move_failure: "no route".into(), ..vm("running", 0) }
+        };
+        assert_eq!(judge(Some(&Vm { status: "migrating".into(), ..moving("moving", 7) }), Goal::Moved(9)), None);
+        assert_eq!(judge(Some(&Vm { status: "resuming".into(), ..moving("handed-over", 9) }), Goal::Moved(9)), None);
+        assert_eq!(judge(Some(&moving("handed-over", 9)), Goal::Moved(9)), Some(Ok(())));
+        let error = judge(Some(&moving("given-up", 7)), Goal::Moved(9)).unwrap().unwrap_err();
+        assert_eq!(error.message, "vm-1 'web' was not moved: no route");
         let error = judge(Some(&vm("failed", 0)), running).unwrap().unwrap_err();
         assert_eq!((error.code.as_str(), error.message.as_str()), ("failed", "vm-1 'web' failed: no room"));
     }

@@ -111,6 +111,12 @@ impl Trefoil for Service {
     async fn set_vm_recovery(&self, request: Request<proto::SetVmRecoveryRequest>) -> Answer<proto::Vm> {
         answer(self.vm_recovery(request).await)
     }
+    async fn migrate_vm(&self, request: Request<proto::MigrateVmRequest>) -> Answer<proto::Vm> {
+        answer(self.vm_migrate(request).await)
+    }
+    async fn cancel_migration(&self, request: Request<proto::VmRef>) -> Answer<proto::Vm> {
+        answer(self.vm_migration_cancel(request).await)
+    }
     async fn delete_vm(&self, request: Request<proto::DeleteVmRequest>) -> Answer<proto::Done> {
         self.do_change("DeleteVm", request, vm::delete).await
     }
@@ -222,6 +228,15 @@ impl Trefoil for Service {
     }
     async fn maintain_node(&self, request: Request<proto::MaintainNodeRequest>) -> Answer<proto::Node> {
         answer(self.node_maintain(request).await)
+    }
+    async fn drain_node(&self, request: Request<proto::NamedRef>) -> Answer<proto::DrainStatus> {
+        answer(self.node_drain(request).await)
+    }
+    async fn get_drain(&self, request: Request<proto::NamedRef>) -> Answer<proto::DrainStatus> {
+        answer(self.drain_get(request).await)
+    }
+    async fn suggest_moves(&self, request: Request<proto::ListRequest>) -> Answer<proto::SuggestMovesReply> {
+        answer(self.moves_suggest(request).await)
     }
     async fn arm_recovery(&self, request: Request<proto::ArmRecoveryRequest>) -> Answer<proto::RecoveryStatus> {
         answer(self.recovery_arm(request).await)

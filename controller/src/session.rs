@@ -151,6 +151,9 @@ impl Session {
                 tracing::info!(%node, guests = guests.len(), "a node said what it holds");
                 (NodeCommand::TakeStock { node, incarnation, guests }, None)
             }
+            FromAgent::MoveReports { number, reports } => {
+                (NodeCommand::ReportMoves { node, incarnation, reports }, Some(number))
+            }
             FromAgent::Summary(summary) => (NodeCommand::Summarise { node, incarnation, summary }, None),
         };
         let committed = self.core.propose(Actor::Node(node), None, Command::Node(command)).await?;

@@ -2,8 +2,11 @@
 
 use api::proto;
 use model::{
-    Capacity, HypervisorKind, Image, ImageFormat, Network, Node, NodeState, Quota, Rehearsal, Rehearsed, ReplicaState,
-    State, Telemetry, Template, Tenant, Vm, bill::Bill, bill::EXACT_PER_NANO,
+    Capacity, HypervisorKind, Image, ImageFormat, Migration, MigrationStage, Network, Node, NodeState, Placement,
+    Quota, Rehearsal, Rehearsed, ReplicaState, State, Telemetry, Template, Tenant, Vm,
+    bill::Bill,
+    bill::EXACT_PER_NANO,
+    plan::moves::{Goes, Left, Suggestion},
 };
 
 pub(crate) fn vm(state: &State, ears: &Telemetry, vm: &Vm) -> proto::Vm {
@@ -57,6 +60,25 @@ pub(crate) fn vm(state: &State, ears: &Telemetry, vm: &Vm) -> proto::Vm {
             tx_bytes: heard.tx_bytes,
         }),
         read_at: None,
+        migration: vm.migration.map(|migration| self::migration(state, migration)),
+        move_failure: vm.move_failure.as_ref().map(|failure| failure.reason.clone()).unwrap_or_default(),
+        move_failures: vm.move_failure.as_ref().map_or(0, |failure| failure.count),
+    }
+}
+
+fn migration(state: &State, migration: Migration) -> proto::Migration {
+    let Placement { node, epoch } = migration.other;
+    proto::Migration {
+        stage: match migration.stage {
+            MigrationStage::Moving => "moving",
+            MigrationStage::GivenUp => "given-up",
+            MigrationStage::HandedOver => "handed-over",
+        }
+        .into(),
+        node: state.nodes().get(&node).map_or_else(|| node.to_string(), |node| node.name.clone()),
+        epoch,
+        left: migration.left,
+        arrived: migration.arrived,
     }
 }
 
@@ -80,6 +102,7 @@ pub(crate) fn node(state: &State, ears: &Telemetry, node: &Node) -> proto::Node 
         .into(),
         cordoned: node.cordoned,
         maintenance: node.maintenance,
+        draining: node.draining,
         generation: node.generation,
         incarnation: node.incarnation,
         vcpus: node.capacity.vcpus,
@@ -101,6 +124,30 @@ pub(crate) fn node(state: &State, ears: &Telemetry, node: &Node) -> proto::Node 
         clock_uncertainty_ppm: rate.map_or(0, |rate| rate.uncertainty_ppm),
         clock_span_millis: rate.map_or(0, |rate| rate.span_nanos / 1_000_000),
         probes: Vec::new(),
+    }
+}
+
+pub(crate) fn left(state: &State, ears: &Telemetry, left: &Left) -> proto::Left {
+    let shown = vm(state, ears, left.vm);
+    let (goes, why) = match &left.goes {
+        Goes::Now => ("now", String::new()),
+        Goes::Later(why) => ("later", why.clone()),
+        Goes::Never(why) => ("never", why.clone()),
+    };
+    let proto::Vm { id, tenant, name, status, progress, .. } = shown;
+    proto::Left { id, tenant, name, status, goes: goes.into(), why, progress }
+}
+
+pub(crate) fn suggestion(state: &State, next: &Suggestion) -> proto::Suggestion {
+    let vm = state.vms().get(&next.vm);
+    let node = |id| state.nodes().get(&id).map(|node| node.name.clone()).unwrap_or_default();
+    proto::Suggestion {
+        id: next.vm.to_string(),
+        tenant: vm.map(|vm| tenant_name(state, vm.tenant)).unwrap_or_default(),
+        name: vm.map(|vm| vm.name.clone()).unwrap_or_default(),
+        from: node(next.from),
+        to: node(next.to),
+        gain_permille: next.gain_permille,
     }
 }
 

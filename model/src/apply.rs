@@ -13,6 +13,7 @@ mod backup;
 mod check;
 mod image;
 mod meter;
+mod migration;
 mod network;
 mod node;
 mod operator;
@@ -130,8 +131,11 @@ impl State {
             C::SetPrice { nano_per_hour, from } => self.set_price(m, *nano_per_hour, *from),
             C::IssueJoinToken { token, role, valid_millis } => self.issue_join_token(m, *token, *role, *valid_millis),
             C::CordonNode { node, cordoned } => self.cordon_node(*node, *cordoned),
+            C::DrainNode { node } => self.drain_node(*node),
             C::MaintainNode { node, maintenance } => self.maintain_node(*node, *maintenance),
             C::ArmRecovery { armed } => self.arm_recovery(*armed),
+            C::MigrateVm { vm, to } => self.begin_migration(m, *vm, *to),
+            C::CancelMigration { vm } => self.cancel_migration(m, *vm),
             C::RemoveNode { node, force } => self.forget_node(m, *node, *force),
             C::RaiseLevel { level } => self.raise_level(*level),
             C::EndRefounding => self.end_refounding(),
@@ -151,6 +155,7 @@ impl State {
             C::ReportRehearsals { node, incarnation, reports } => {
                 self.report_rehearsals(m, *node, *incarnation, reports)
             }
+            C::ReportMoves { node, incarnation, reports } => self.report_moves(m, *node, *incarnation, reports),
             C::Summarise { node, incarnation, summary } => self.summarise_node(m, *node, *incarnation, summary),
             C::TakeStock { node, incarnation, guests } => self.take_stock(m, *node, *incarnation, guests),
         }
@@ -170,6 +175,7 @@ impl State {
             C::JoinNode { token, name } => self.join_node(m, token, name),
             C::BindCertificate { node, certificate } => self.bind_certificate(*node, *certificate),
             C::PlaceVm { vm, node } => self.place_vm(m, *vm, *node),
+            C::MigrateVm { vm, to } => self.begin_migration(m, *vm, *to),
             C::DeferVm { vm, reason } => self.defer_vm(*vm, reason),
             C::RetryVm { vm } => self.retry_vm(m, *vm),
             C::ExpireVm { vm } => self.expire_vm(m, *vm),

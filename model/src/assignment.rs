@@ -9,8 +9,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capacity, Cidr, Digest, Image, ImageFormat, ImageId, Mac, NetworkId, Node, NodeId, NodeState, Recovery,
-    ReplicaState, RequestId, State, Vm, VmId, Wanted,
+    Capacity, Cidr, Digest, Image, ImageFormat, ImageId, Mac, MigrationStage, NetworkId, Node, NodeId, NodeState,
+    Recovery, ReplicaState, RequestId, State, Vm, VmId, Wanted,
 };
 
 /// Everything that a host should have. The agent refuses one whose generation is lower than one it has seen.
@@ -37,6 +37,8 @@ pub enum Power {
     Running,
     Suspended,
     Stopped,
+    /// It comes from another host, and does not run here before it is handed over.
+    Arriving,
     /// Neither domain nor disk.
     Absent,
 }
@@ -54,6 +56,8 @@ pub struct VmWish {
     pub power: Power,
     /// The number of a backup that should be made.
     pub backup: Option<u32>,
+    /// The other end of its move, when it should go from here or come to here.
+    pub moves: Option<MoveEnd>,
     /// What the host does with it when its lease ends, and after it went down.
     pub recovery: Recovery,
     /// How long ACPI shutdown may take before the machine is switched off.
@@ -85,6 +89,16 @@ pub struct RehearsalWish {
     /// What its console says then; empty: its guest agent or a login prompt tells.
     pub expect: String,
     pub base: ImageWish,
+}
+
+/// Where a machine goes to, or comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveEnd {
+    pub node: NodeId,
+    /// `host:port` of its agent.
+    pub address: String,
+    /// The placement that the machine will have when it is handed over: it names the move.
+    pub epoch: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,11 +157,16 @@ impl fmt::Display for VmWish {
             Power::Running => "running",
             Power::Suspended => "suspended",
             Power::Stopped => "stopped",
+            Power::Arriving => "arriving",
             Power::Absent => "absent",
         };
         write!(f, "{} {}/{} {power}, epoch {} attempt {}", self.vm, self.tenant, self.name, self.epoch, self.attempt)?;
         if self.recovery != Recovery::default() {
             write!(f, ", {}", self.recovery)?;
+        }
+        if let Some(end) = &self.moves {
+            let way = if self.power == Power::Arriving { "from" } else { "to" };
+            write!(f, ", moves {way} {} for epoch {}", end.node, end.epoch)?;
         }
         if let Some(number) = self.backup {
             write!(f, ", backup {number}")?;
@@ -182,7 +201,7 @@ impl State {
     /// What the host should be, or `None` when there is no such host.
     pub fn assignment(&self, id: NodeId) -> Option<Assignment> {
         let node = self.nodes().get(&id)?;
-        let vms: Vec<&Vm> = self.vms_on_node(id).collect();
+        let vms: Vec<&Vm> = self.vms_on_node(id).chain(self.others_on_node(id)).collect();
         Some(Assignment {
             cluster: self.cluster().id.clone(),
             node: id,
@@ -204,22 +223,33 @@ impl State {
 
     fn vm_wish(&self, node: &Node, vm: &Vm) -> Option<VmWish> {
         let image = self.images().get(&vm.base())?;
+        let placement = vm.placement?;
+        let own = placement.node == node.id;
+        let end = |end: NodeId, epoch: u64| {
+            Some(MoveEnd { node: end, address: self.nodes().get(&end)?.address.clone(), epoch })
+        };
+        let (epoch, power, moves) = match vm.migration {
+            Some(migration) if own && vm.is_moving() => {
+                (placement.epoch, power(vm), end(migration.other.node, migration.other.epoch))
+            }
+            Some(migration) if !own && migration.stage == MigrationStage::Moving => {
+                (migration.other.epoch, Power::Arriving, end(placement.node, migration.other.epoch))
+            }
+            Some(migration) if !own => (migration.other.epoch, Power::Absent, None),
+            _ => (placement.epoch, power(vm), None),
+        };
         let nic_wish = |nic: &crate::Nic| {
             let network = self.networks().get(&nic.network)?;
             Some(NicWish { network: nic.network, vni: network.vni, mac: nic.mac, ip: nic.ip })
         };
         Some(VmWish {
             vm: vm.id,
-            epoch: vm.placement?.epoch,
+            epoch,
             request: vm.request,
             attempt: vm.tries,
-            power: match vm.wanted {
-                Wanted::Running => Power::Running,
-                Wanted::Suspended => Power::Suspended,
-                Wanted::Stopped => Power::Stopped,
-                Wanted::Deleted => Power::Absent,
-            },
-            backup: vm.backups.pending(),
+            power,
+            backup: vm.backups.pending().filter(|_| own),
+            moves,
             recovery: vm.recovery,
             stop_grace_millis: vm.stop_grace_millis,
             reboots: vm.reboots,
@@ -270,9 +300,11 @@ impl State {
     fn network_wishes(&self, node: &Node, vms: &[&Vm]) -> Vec<NetworkWish> {
         let mut leases: BTreeMap<NetworkId, Vec<Lease>> = BTreeMap::new();
         for vm in vms.iter().filter(|vm| vm.wanted != Wanted::Deleted) {
-            for nic in &vm.nics {
+            let own = vm.placement.is_some_and(|placement| placement.node == node.id);
+            // One that comes is plugged in here, and has its address from the host that it comes from.
+            for nic in vm.nics.iter().filter(|_| own || vm.is_moving()) {
                 let lease = Lease { mac: nic.mac, ip: nic.ip, hostname: vm.name.clone() };
-                leases.entry(nic.network).or_default().push(lease);
+                leases.entry(nic.network).or_default().extend(own.then_some(lease));
             }
         }
         let wish = |(id, leases): (NetworkId, Vec<Lease>)| {
@@ -290,5 +322,14 @@ impl State {
             })
         };
         leases.into_iter().filter_map(wish).collect()
+    }
+}
+
+fn power(vm: &Vm) -> Power {
+    match vm.wanted {
+        Wanted::Running => Power::Running,
+        Wanted::Suspended => Power::Suspended,
+        Wanted::Stopped => Power::Stopped,
+        Wanted::Deleted => Power::Absent,
     }
 }

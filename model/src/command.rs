@@ -195,6 +195,10 @@ pub enum OperatorCommand {
         node: NodeId,
         cordoned: bool,
     },
+    /// Give it nothing new, and move away what is on it.
+    DrainNode {
+        node: NodeId,
+    },
     /// It may be away: what is on it waits for it, and it takes nothing new.
     MaintainNode {
         node: NodeId,
@@ -203,6 +207,15 @@ pub enum OperatorCommand {
     /// Whether what was on lost hosts is made again elsewhere; arming also lets go a brake that froze.
     ArmRecovery {
         armed: bool,
+    },
+    /// Move a machine to that host while it runs. The entry's index is the epoch that it will have there.
+    MigrateVm {
+        vm: VmId,
+        to: NodeId,
+    },
+    /// It stays where it is, if it was not handed over yet.
+    CancelMigration {
+        vm: VmId,
     },
     /// Forget a host; refused while it has machines, unless `force` says that it is gone for ever.
     RemoveNode {
@@ -228,6 +241,8 @@ pub enum NodeCommand {
     ReportImages { node: NodeId, incarnation: u64, reports: Vec<ImageReport> },
     /// What became of backups that were asked for.
     ReportBackups { node: NodeId, incarnation: u64, reports: Vec<BackupReport> },
+    /// What became of moves that were asked for.
+    ReportMoves { node: NodeId, incarnation: u64, reports: Vec<MoveReport> },
     /// The period summary.
     Summarise { node: NodeId, incarnation: u64, summary: NodeSummary },
     /// What became of rehearsals.
@@ -286,6 +301,25 @@ pub struct RehearsalReport {
     pub reason: String,
 }
 
+/// One end of a move, as its host found it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveReport {
+    pub vm: VmId,
+    /// The placement that it will have when it is handed over: it names the move.
+    pub epoch: u64,
+    pub outcome: MoveOutcome,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MoveOutcome {
+    /// By the source: it is off here because it left, and does not run here again unless the move is given up.
+    Left,
+    /// By the destination: all of it is here, paused, and does not run here before it is handed over.
+    Arrived,
+    /// By either: it will not come to anything.
+    Failed(String),
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageReport {
     pub digest: Digest,
@@ -308,6 +342,8 @@ pub enum PlannerCommand {
     BindCertificate { node: NodeId, certificate: Digest },
     /// Give a machine to a host; capacity is checked again here.
     PlaceVm { vm: VmId, node: NodeId },
+    /// Take a machine from a host that is to be emptied, to that one.
+    MigrateVm { vm: VmId, to: NodeId },
     /// No host has room; says why. It stays first in line and is looked at again whenever planners run.
     DeferVm { vm: VmId, reason: String },
     /// Its back-off is over.
@@ -344,6 +380,7 @@ impl fmt::Display for PlannerCommand {
             Self::JoinNode { name, .. } => write!(f, "join node {name}"),
             Self::BindCertificate { node, certificate } => write!(f, "bind certificate {certificate} to {node}"),
             Self::PlaceVm { vm, node } => write!(f, "place {vm} on {node}"),
+            Self::MigrateVm { vm, to } => write!(f, "move {vm} to {to}"),
             Self::DeferVm { vm, reason } => write!(f, "defer {vm}: {reason}"),
             Self::RetryVm { vm } => write!(f, "retry {vm}"),
             Self::ExpireVm { vm } => write!(f, "expire {vm}"),

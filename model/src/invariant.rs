@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::{Capacity, Mac, Phase, State, Wanted};
+use crate::{Capacity, Mac, Phase, Placement, State, Wanted};
 
 /// A rule and what breaks it; `Err` is one sentence that names the row.
 pub type Invariant = (&'static str, fn(&State) -> Result<(), String>);
@@ -13,6 +13,7 @@ pub const INVARIANTS: &[Invariant] = &[
     ("an address is held once", addresses_are_unique),
     ("a node is promised no more than it has", promises_are_covered),
     ("a placed machine is on a node that exists", placements_exist),
+    ("a machine moves between two nodes that exist", moves_have_two_ends),
     ("a machine without a node is nothing but failed", unplaced_have_no_phase),
     ("quotas are kept", quotas_are_kept),
     ("a machine is charged exactly while its host says it is there", meters_follow_phases),
@@ -63,8 +64,8 @@ fn addresses_are_unique(state: &State) -> Result<(), String> {
 fn promises_are_covered(state: &State) -> Result<(), String> {
     let mut sums: BTreeMap<_, Capacity> = BTreeMap::new();
     for vm in state.vms().values() {
-        if let Some(placement) = vm.placement {
-            let sum = sums.entry(placement.node).or_default();
+        for node in vm.hosts() {
+            let sum = sums.entry(node).or_default();
             *sum = sum.plus(vm.size);
         }
     }
@@ -85,6 +86,21 @@ fn promises_are_covered(state: &State) -> Result<(), String> {
 fn placements_exist(state: &State) -> Result<(), String> {
     let lost = state.vms().values().find(|vm| vm.placement.is_some_and(|p| !state.nodes().contains(&p.node)));
     lost.map_or(Ok(()), |vm| Err(format!("{} is on a node that does not exist", vm.id)))
+}
+
+fn moves_have_two_ends(state: &State) -> Result<(), String> {
+    for vm in state.vms().values() {
+        let Some(migration) = vm.migration else { continue };
+        let Placement { node, epoch } = migration.other;
+        let own = vm.placement.ok_or_else(|| format!("{} moves and has no node", vm.id))?;
+        if own.node == node || own.epoch == epoch || !state.nodes().contains(&node) {
+            return Err(format!("{} is on {} and moves to or from {node}", vm.id, own.node));
+        }
+        if vm.is_moving() && migration.left && migration.arrived {
+            return Err(format!("{} has left and arrived, and was not handed over", vm.id));
+        }
+    }
+    Ok(())
 }
 
 fn unplaced_have_no_phase(state: &State) -> Result<(), String> {

@@ -6,10 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Capacity, Cidr, ControllerId, Digest, ImageId, NetworkId, NodeId, TenantId, Timestamp, VmId};
 
+pub use migration::{Migration, MigrationStage, MoveFailure};
 pub use quorum::{Held, INDICES_PER_SECOND, Quorum, Refounding};
 pub use rehearsal::{Rehearsal, Rehearsed, Verdict};
 pub use vm::{Backups, Loss, Nic, Phase, Placement, Recovery, Status, Vm, Wanted};
 
+mod migration;
 mod quorum;
 mod rehearsal;
 mod vm;
@@ -107,6 +109,8 @@ pub struct Node {
     pub state: NodeState,
     /// Takes no new machines because an operator said so.
     pub cordoned: bool,
+    /// What it has is to go to other nodes, because an operator said so.
+    pub draining: bool,
     /// An operator works on it: it may be away, and what is on it waits for it.
     pub maintenance: bool,
     /// Its clock runs off by more than a lease allows for: it takes no machine that must not run twice.

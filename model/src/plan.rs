@@ -10,6 +10,7 @@ use crate::{
     setting, telemetry::Fitness,
 };
 
+pub mod moves;
 mod rehearsal;
 
 /// What one planner proposes at once: enough to keep the log busy, few enough to re-plan on fresh facts soon.
@@ -29,11 +30,11 @@ pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command
     commands.extend(clocks(state, telemetry));
     commands.extend(recover(state));
     commands.extend(due(state, now));
-    let machines = place(state, telemetry);
+    let mut promised = Promised::new();
+    commands.extend(place(state, telemetry, &mut promised));
+    commands.extend(moves::drain(state, telemetry, now, &mut promised));
     // Room that this plan gives to machines is not known to be taken yet, and machines come first.
-    let may_place = !machines.iter().any(|command| matches!(command, PlannerCommand::PlaceVm { .. }));
-    commands.extend(machines);
-    commands.extend(rehearsal::rehearse(state, telemetry, now, may_place));
+    commands.extend(rehearsal::rehearse(state, telemetry, now, promised.is_empty()));
     commands.extend(replicate(state, telemetry, now));
     commands.into_iter().map(Command::Planner).collect()
 }
@@ -104,16 +105,16 @@ fn due(state: &State, now: Timestamp) -> Vec<PlannerCommand> {
 type Promised = BTreeMap<NodeId, (Capacity, usize)>;
 
 /// The idlest node with room for each machine that waits, oldest first; or the reason why there is none.
-fn place(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
+fn place(state: &State, telemetry: &Telemetry, promised: &mut Promised) -> Vec<PlannerCommand> {
     if state.index.unplaced.is_empty() {
         return Vec::new();
     }
     let coming = coming(state);
-    let mut promised: Promised = BTreeMap::new();
     let mut commands = Vec::new();
     for vm in state.index.unplaced.iter().take(BATCH).filter_map(|(_, id)| state.vms().get(id)) {
+        let room = |node: &Node, extra: Capacity| state.may_hold(node, vm, vm.size.plus(extra));
         let open = state.may_be_elsewhere(vm.id).map_or(Ok(()), Err);
-        match open.and_then(|()| idlest(state, telemetry, &coming, &promised, vm)) {
+        match open.and_then(|()| idlest(state, telemetry, &coming, promised, room)) {
             Ok(node) => {
                 let (extra, machines) = promised.entry(node).or_default();
                 *extra = extra.plus(vm.size);
@@ -144,13 +145,13 @@ fn idlest(
     telemetry: &Telemetry,
     coming: &BTreeMap<NodeId, Capacity>,
     promised: &Promised,
-    vm: &Vm,
+    room: impl Fn(&Node, Capacity) -> Result<(), crate::Rejection>,
 ) -> Result<NodeId, String> {
     let mut refusals: BTreeMap<String, u32> = BTreeMap::new();
     let mut open: Vec<(u64, usize, NodeId)> = Vec::new();
     for node in state.nodes().values() {
         let (extra, more) = promised.get(&node.id).copied().unwrap_or_default();
-        if let Err(refusal) = state.may_hold(node, vm, vm.size.plus(extra)) {
+        if let Err(refusal) = room(node, extra) {
             let crate::Rejection::NoRoom { reason, .. } = refusal else { continue };
             *refusals.entry(reason).or_default() += 1;
             continue;
@@ -173,11 +174,14 @@ fn idlest(
     })
 }
 
+/// In thousandths.
+fn share(part: u64, whole: u64) -> u64 {
+    u64::try_from(u128::from(part) * 1000 / u128::from(whole.max(1))).unwrap_or(u64::MAX)
+}
+
 /// Weighted use, in thousandths: of each resource what is used and about to be used, or what is promised, whichever is
 /// more. `coming` is promised already, `extra` by this very plan.
 fn load_permille(state: &State, telemetry: &Telemetry, node: &Node, coming: Capacity, extra: Capacity) -> u64 {
-    let share =
-        |part: u64, whole: u64| u64::try_from(u128::from(part) * 1000 / u128::from(whole.max(1))).unwrap_or(u64::MAX);
     let room = state.promisable(node);
     let promised = state.reserved(node.id).plus(extra);
     let soon = coming.plus(extra);

@@ -31,6 +31,8 @@ pub const BILL_IMAGE_TIER: &str = "bill-image-tier-gib";
 pub const BILL_IMAGE_ABOVE: &str = "bill-image-above-tier-permille";
 pub const CREATE_DEADLINE: &str = "create-deadline-millis";
 pub const CHANGE_DEADLINE: &str = "change-deadline-millis";
+pub const MIGRATE_DEADLINE: &str = "migrate-deadline-millis";
+pub const MOVES_AT_ONCE: &str = "moves-at-once";
 pub const DELETE_DEADLINE: &str = "delete-deadline-millis";
 pub const VM_ATTEMPTS: &str = "vm-attempts";
 pub const NODE_SILENCE: &str = "node-silence-millis";
@@ -62,6 +64,14 @@ pub const SETTINGS: &[Setting] = &[
         1000,
         DAY,
         "how long suspend, resume, start, stop (beyond its grace) or reboot may take",
+    ),
+    setting(MIGRATE_DEADLINE, 60 * MINUTE, 1000, DAY, "how long a machine may be on its way to another node"),
+    setting(
+        MOVES_AT_ONCE,
+        2,
+        1,
+        64,
+        "how many machines may be on their way from a node that is drained, or to one of the others",
     ),
     setting(
         DELETE_DEADLINE,

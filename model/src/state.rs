@@ -197,6 +197,10 @@ impl State {
     pub fn vms_on_node(&self, node: NodeId) -> impl Iterator<Item = &Vm> {
         self.index.vms_by_node.get(&node).into_iter().flatten().filter_map(|id| self.vms.get(id))
     }
+    /// Those that go there, or went from there and have something left on it.
+    pub fn others_on_node(&self, node: NodeId) -> impl Iterator<Item = &Vm> {
+        self.index.others_by_node.get(&node).into_iter().flatten().filter_map(|id| self.vms.get(id))
+    }
     /// Whether a host may be granted a lease: it is a member at this incarnation, and not lost.
     pub fn has_standing(&self, node: NodeId, incarnation: u64) -> bool {
         let stands = |node: &Node| {
@@ -245,7 +249,8 @@ impl State {
 /// What of a machine its host has to know.
 fn wished(vm: &Vm) -> impl PartialEq {
     let asked = (vm.stop_grace_millis, vm.reboots, vm.tries, vm.backups.pending());
-    (vm.placement, vm.wanted, vm.recovery, asked, vm.request)
+    let migration = vm.migration.map(|migration| (migration.stage, migration.other));
+    (vm.placement, migration, vm.wanted, vm.recovery, asked, vm.request)
 }
 
 /// Persistence: changed rows out, all rows in.
@@ -389,8 +394,7 @@ impl State {
     pub(crate) fn put_vm(&mut self, vm: Vm) {
         let old = self.vms.get(&vm.id);
         let unchanged = old.is_some_and(|old| wished(old) == wished(&vm));
-        let before = old.and_then(|old| old.placement).map(|p| p.node);
-        let after = vm.placement.map(|p| p.node);
+        let own: Vec<NodeId> = old.into_iter().flat_map(Vm::hosts).chain(vm.hosts()).collect();
         let shared: Vec<NetworkId> = vm.nics.iter().map(|nic| nic.network).collect();
         let members = self.members(&shared);
         if let Some(old) = self.vms.get(&vm.id) {
@@ -399,19 +403,19 @@ impl State {
         self.index.add_vm(&vm);
         self.vms.put(vm.id, vm);
         if !unchanged {
-            self.renumber([before, after], &shared, members);
+            self.renumber(&own, &shared, members);
         }
     }
 
     pub(crate) fn remove_vm(&mut self, id: VmId) {
         let Some(old) = self.vms.get(&id) else { return };
         let shared: Vec<NetworkId> = old.nics.iter().map(|nic| nic.network).collect();
-        let before = old.placement.map(|p| p.node);
+        let own: Vec<NodeId> = old.hosts().collect();
         let members = self.members(&shared);
         if let Some(old) = self.vms.remove(&id, &mut self.hash) {
             self.index.remove_vm(&old);
         }
-        self.renumber([before, None], &shared, members);
+        self.renumber(&own, &shared, members);
     }
 
     fn members(&self, networks: &[NetworkId]) -> Vec<BTreeSet<NodeId>> {
@@ -420,10 +424,10 @@ impl State {
         networks.iter().map(nodes).collect()
     }
 
-    /// A machine's own host is told of every change of it; the other hosts of its networks only when a host joined
+    /// A machine's own hosts are told of every change of it; the other hosts of its networks only when a host joined
     /// or left the network, because then their tunnels change.
-    fn renumber(&mut self, own: [Option<NodeId>; 2], networks: &[NetworkId], before: Vec<BTreeSet<NodeId>>) {
-        let mut touched: BTreeSet<NodeId> = own.into_iter().flatten().collect();
+    fn renumber(&mut self, own: &[NodeId], networks: &[NetworkId], before: Vec<BTreeSet<NodeId>>) {
+        let mut touched: BTreeSet<NodeId> = own.iter().copied().collect();
         for (old, new) in before.iter().zip(self.members(networks)) {
             if *old != new {
                 touched.extend(old.iter().chain(&new));
@@ -436,8 +440,12 @@ impl State {
 
     /// The hosts that this one's machines share a network with.
     pub(crate) fn renumber_neighbours(&mut self, node: NodeId) {
-        let networks: BTreeSet<NetworkId> =
-            self.vms_on_node(node).flat_map(|vm| &vm.nics).map(|nic| nic.network).collect();
+        let networks: BTreeSet<NetworkId> = self
+            .vms_on_node(node)
+            .chain(self.others_on_node(node))
+            .flat_map(|vm| &vm.nics)
+            .map(|nic| nic.network)
+            .collect();
         let members = self.members(&networks.into_iter().collect::<Vec<_>>());
         let neighbours: BTreeSet<NodeId> = members.into_iter().flatten().filter(|member| *member != node).collect();
         neighbours.into_iter().for_each(|neighbour| self.renumber_node(neighbour));

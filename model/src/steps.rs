@@ -30,11 +30,12 @@ use std::{
 
 use crate::{
     Assignment, Digest, ImageId, Phase, Power, Recovery, VmId, VmWish,
-    command::{BackupReport, ImageReport, RehearsalReport, VmReport},
+    command::{BackupReport, ImageReport, MoveReport, RehearsalReport, VmReport},
 };
 
 pub use step::{Step, Subject};
 
+mod moving;
 mod rehearsal;
 mod step;
 
@@ -70,6 +71,13 @@ pub struct Observed {
     /// What became of rehearsals, and of which placement the quorum was told.
     pub rehearsals: BTreeMap<ImageId, RehearsalReport>,
     pub told_rehearsals: BTreeMap<ImageId, u64>,
+    /// Guests that may come, each under the placement that it will have: their hosts are let in.
+    pub expected: BTreeMap<VmId, u64>,
+    /// Guests that are going just now.
+    pub leaving: BTreeSet<VmId>,
+    /// Why a guest did not go, and in which move, as long as this process remembers it.
+    pub moves_failed: BTreeMap<VmId, (u64, String)>,
+    pub told_moves: BTreeMap<VmId, MoveReport>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +90,12 @@ pub struct FoundGuest {
 pub enum FoundPower {
     Running,
     Suspended,
+    /// Its memory and disk are on their way to here.
+    Arriving,
+    /// All of it is here, paused, and was not handed over to this host yet.
+    Arrived,
+    /// Off because it went to another host.
+    Moved,
     /// Off because the guest switched itself off.
     OffByGuest,
     /// Off because the agent did it.
@@ -108,6 +122,8 @@ pub struct Memory {
     pub removed: bool,
     /// The quorum was told, or is about to be, that it came to be: from then on its disk may hold something.
     pub existed: bool,
+    /// The move in which it was sent away, from before it was until that is settled: a move is tried once.
+    pub leaving: Option<u64>,
     pub pressed_first_millis: Option<u64>,
     pub pressed_last_millis: Option<u64>,
 }
@@ -175,7 +191,12 @@ pub fn steps(wish: &Assignment, found: &Observed) -> Vec<Step> {
     networks(wish, found, &mut out);
     fetches(wish, found, &mut out);
     for vm in &wish.vms {
+        if vm.power == Power::Arriving {
+            moving::arrival(wish.generation, vm, found, &mut out);
+            continue;
+        }
         machine(wish.generation, vm, found, &mut out);
+        moving::departure(wish.generation, vm, found, &mut out);
         backup(wish.generation, vm, found, &mut out);
     }
     rehearsal::rehearsals(wish, found, &mut out);
@@ -246,7 +267,7 @@ impl Observed {
     fn failure(&self, wish: &VmWish) -> Option<&Failure> {
         let up =
             self.guest(wish).is_some_and(|guest| matches!(guest.power, FoundPower::Running | FoundPower::Suspended));
-        let starts = !up && matches!(wish.power, Power::Running | Power::Suspended);
+        let starts = !up && matches!(wish.power, Power::Running | Power::Suspended | Power::Arriving);
         let no_image = starts && !self.images.contains_key(&wish.image.digest);
         let image = no_image.then_some(Subject::Image(wish.image.digest));
         let networks = wish.nics.iter().filter(|nic| starts && self.networks.get(&nic.vni) != Some(&true));
@@ -275,7 +296,7 @@ fn networks(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
 
 fn fetches(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
     let bases = wish.vms.iter().filter(|vm| match vm.power {
-        Power::Running | Power::Suspended => true,
+        Power::Running | Power::Suspended | Power::Arriving => true,
         Power::Stopped => found.guest(vm).is_some(),
         Power::Absent => false,
     });
@@ -339,7 +360,9 @@ fn next(wish: &VmWish, found: &Observed) -> Next {
         (Power::Absent, _) => Next::Do(Step::Remove(wish.vm)),
         (_, Some(guest)) if guest.epoch < wish.epoch => Next::Do(Step::Quarantine { vm: wish.vm, epoch: guest.epoch }),
         (Power::Stopped, None) => rest(Phase::Stopped),
+        (_, Some(guest)) if moving::comes_first(wish, guest.power, memory) => moving::settle(wish, guest.power, memory),
         (Power::Stopped, Some(guest)) => stop(wish, guest.power, memory, found.now_millis),
+        (Power::Arriving, _) => Next::Wait,
         (Power::Running | Power::Suspended, None) => start(wish, found, memory, false),
         (Power::Running | Power::Suspended, Some(guest)) => keep_on(wish, guest.power, found, memory),
     }
@@ -349,6 +372,7 @@ fn stop(wish: &VmWish, power: FoundPower, memory: Memory, now_millis: u64) -> Ne
     let since = |then: u64| now_millis.saturating_sub(then);
     match power {
         FoundPower::OffByGuest | FoundPower::OffByAgent | FoundPower::Crashed => rest(Phase::Stopped),
+        FoundPower::Arriving | FoundPower::Arrived | FoundPower::Moved => Next::Wait,
         _ if wish.stop_grace_millis == 0 => Next::Do(Step::PowerOff(wish.vm)),
         _ if memory.pressed_first_millis.is_some_and(|at| since(at) >= wish.stop_grace_millis) => {
             Next::Do(Step::PowerOff(wish.vm))
@@ -378,6 +402,7 @@ fn start(wish: &VmWish, found: &Observed, memory: Memory, after_crash: bool) -> 
 fn keep_on(wish: &VmWish, power: FoundPower, found: &Observed, memory: Memory) -> Next {
     let reboot_due = wish.reboots > memory.rebooted;
     match (power, wish.power) {
+        (FoundPower::Arriving | FoundPower::Arrived | FoundPower::Moved, _) => Next::Wait,
         // Pressed before its owner changed their mind: it may still go down, and is started again then.
         (FoundPower::OffByGuest, _) if !memory.wished_off && !reboot_due && !found.asked_again(wish) => {
             Next::Rest { phase: Phase::Stopped, reason: "the guest switched itself off", retry: false }

@@ -1,7 +1,13 @@
 //! What `apply` refuses although somebody may well propose it: a planner with an old view, a host from an earlier life.
 //! Each rule alone, because in a whole log another one often hides that it is missing.
 
-use model::{command::VmReport, *};
+use model::{
+    command::{MoveOutcome, MoveReport, VmReport},
+    *,
+};
+
+#[path = "refusals/moves.rs"]
+mod moves;
 
 struct Cloud {
     state: State,
@@ -63,7 +69,8 @@ impl Cloud {
     fn apply(&mut self, command: Command) -> Applied {
         let actor = match &command {
             Command::Planner(_) => Actor::System,
-            Command::Node(NodeCommand::Attach { node, .. } | NodeCommand::ReportVms { node, .. }) => Actor::Node(*node),
+            Command::Node(NodeCommand::Attach { node, .. } | NodeCommand::ReportVms { node, .. })
+            | Command::Node(NodeCommand::ReportMoves { node, .. }) => Actor::Node(*node),
             _ => Actor::User { name: "root".into(), role: Role::Operator },
         };
         self.index += 1;
@@ -85,6 +92,12 @@ impl Cloud {
             hypervisor: HypervisorKind::Simulated,
             capacity: Capacity { vcpus: 4, memory_bytes: 4 << 30, disk_bytes: 100 << 30 },
         }));
+    }
+
+    fn report_move(&mut self, node: NodeId, epoch: u64, outcome: MoveOutcome) {
+        let incarnation = self.state.nodes().get(&node).unwrap().incarnation;
+        let reports = vec![MoveReport { vm: VM, epoch, outcome }];
+        self.done(Command::Node(NodeCommand::ReportMoves { node, incarnation, reports }));
     }
 
     fn report(&mut self, incarnation: u64, epoch: u64, phase: Phase) -> Applied {

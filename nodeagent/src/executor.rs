@@ -30,9 +30,11 @@ use tokio::{
 
 use crate::{clock, host::Host, journal::Journal, outbox::Outbox};
 use act::{Copied, Done as Outcome, Fault, FaultKind, act};
+use moving::Moves;
 use rehearsal::Rehearsals;
 
 mod act;
+mod moving;
 mod observe;
 mod rehearsal;
 
@@ -67,6 +69,7 @@ pub struct Executor {
     backups: BTreeMap<VmId, (BackupReport, u64)>,
     told_backups: BTreeMap<VmId, u32>,
     rehearsals: Rehearsals,
+    moves: Moves,
     assignment: Option<Arc<Assignment>>,
     busy: BTreeMap<Subject, Step>,
     done_sender: mpsc::UnboundedSender<Done>,
@@ -95,6 +98,7 @@ impl Executor {
             backups: BTreeMap::new(),
             told_backups: BTreeMap::new(),
             rehearsals: Rehearsals::default(),
+            moves: Moves::default(),
             assignment: None,
             busy: BTreeMap::new(),
             done_sender,
@@ -144,6 +148,7 @@ impl Executor {
         self.told_images.clear();
         self.told_backups.clear();
         self.rehearsals.forget_told();
+        self.moves.told.clear();
     }
 
     fn obey(&mut self, new: Arc<Assignment>) -> io::Result<()> {
@@ -172,6 +177,7 @@ impl Executor {
                 self.forgive(wish);
             }
         }
+        self.moves.call_back(&new);
         for image in new.images.iter().filter(|image| !self.told_images.contains_key(&image.digest)) {
             self.failures.remove(&Subject::Image(image.digest));
         }
@@ -223,6 +229,7 @@ impl Executor {
         self.lend(&mut found);
         self.host.view.set_machines(Some(observe::machines(assignment.as_deref(), &found)));
         let Some(assignment) = assignment else { return Ok(true) };
+        self.host.arrivals.retain(&moving::arriving(&assignment));
         self.note_wishes(&assignment, &mut found);
         let todo = steps(&assignment, &found);
         let paused = self.failures.values().any(|failure| found.now_millis < failure.not_before_millis);
@@ -239,6 +246,7 @@ impl Executor {
         found.told_images = self.told_images.clone();
         found.told_backups = self.told_backups.clone();
         self.rehearsals.lend(found);
+        self.moves.lend(found, &self.host);
         found.backups = self.backups.iter().map(|(vm, (made, at))| (*vm, aged(made, found.now_millis - at))).collect();
     }
 
@@ -262,6 +270,7 @@ impl Executor {
         self.told.retain(|vm, _| wishes.contains_key(vm));
         self.backups.retain(|vm, _| wishes.get(vm).is_some_and(|wish| wish.backup.is_some()));
         self.told_backups.retain(|vm, _| self.backups.contains_key(vm));
+        self.moves.keep_wished(assignment);
         self.memories.retain(|vm, _| wishes.contains_key(vm) || found.guests.contains_key(vm));
         for (vm, memory) in &mut self.memories {
             let stopping = wishes.get(vm).is_some_and(|wish| wish.power == Power::Stopped) && up(vm);
@@ -328,9 +337,11 @@ impl Executor {
                 Step::ReportImage(report) => self.outbox.image(report),
                 Step::ReportBackup(report) => self.outbox.backup(report),
                 Step::ReportRehearsal(report) => self.outbox.rehearsal(report),
+                Step::ReportMove(report) => self.outbox.a_move(report),
                 step => {
                     let job = match step {
                         Step::Rehearse { image, epoch } => self.rehearsals.begin(assignment, image, epoch),
+                        Step::Migrate { vm, epoch } => Some(self.moves.begin(vm, epoch)),
                         _ => None,
                     };
                     let (host, assignment, done) = (self.host.clone(), assignment.clone(), self.done_sender.clone());
@@ -358,6 +369,7 @@ impl Executor {
             Step::ReportImage(report) => drop(self.told_images.insert(report.digest, report.good)),
             Step::ReportBackup(report) => drop(self.told_backups.insert(report.vm, report.number)),
             Step::ReportRehearsal(report) => self.rehearsals.note_told(report),
+            Step::ReportMove(report) => self.moves.note_told(report),
             _ => {}
         }
     }
@@ -371,6 +383,10 @@ impl Executor {
                 if let Step::Start { reboots, .. } = step {
                     (memory.rebooted, memory.wished_off) = (*reboots, false);
                 }
+            }
+            Step::Migrate { vm, epoch } => {
+                let Some(wish) = wishes.get(vm) else { return };
+                self.memory(wish, found).leaving = Some(*epoch);
             }
             Step::PressPower(vm) | Step::Reset { vm, .. } | Step::Remove(vm) => {
                 // So that there is a memory to change when it is done.
@@ -399,6 +415,7 @@ impl Executor {
                 return Ok(());
             }
             Step::Rehearse { image, .. } => self.rehearsals.put_off(image),
+            Step::Migrate { vm, epoch } => self.moves.finish(vm, epoch, &result, self.memories.get_mut(&vm)),
             _ => {}
         }
         match result {
@@ -449,6 +466,7 @@ impl Executor {
         match step {
             Step::MakeDisk(_) | Step::CheckDisk(_) => memory.disk_made = true,
             Step::Reset { reboots, .. } => memory.rebooted = *reboots,
+            Step::CancelMigration(_) => memory.leaving = None,
             Step::Remove(_) => {
                 (memory.removed, memory.begun, memory.disk_made, memory.ran) = (true, false, false, false);
             }

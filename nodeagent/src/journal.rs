@@ -41,6 +41,8 @@ struct KeptMemory {
     /// Not in the files of the first version, whose machines were all seen by the time they existed.
     #[serde(default)]
     ran: bool,
+    #[serde(default)]
+    leaving: Option<u64>,
 }
 
 impl Journal {
@@ -69,6 +71,7 @@ impl Journal {
             begun: kept.begun,
             existed: kept.existed,
             ran: kept.ran,
+            leaving: kept.leaving,
             ..Memory::default()
         };
         self.saved.vms.iter().map(|(vm, kept)| (*vm, memory(kept))).collect()
@@ -86,6 +89,7 @@ impl Journal {
             begun: memory.begun,
             existed: memory.existed,
             ran: memory.ran,
+            leaving: memory.leaving,
         };
         let entries = Entries {
             generation: seen.generation,
@@ -119,6 +123,7 @@ mod tests {
             begun: true,
             existed: true,
             ran: true,
+            leaving: Some(11),
             ..Memory::default()
         };
         let passing = Memory { disk_made: true, pressed_first_millis: Some(1), ..memory };

@@ -12,7 +12,7 @@ use std::{
 use api::session::FromAgent;
 use model::{
     Digest, ImageId, NodeSummary, VmId,
-    command::{BackupReport, ImageReport, RehearsalReport, VmReport},
+    command::{BackupReport, ImageReport, MoveReport, RehearsalReport, VmReport},
 };
 use tokio::sync::Notify;
 
@@ -33,6 +33,7 @@ struct Waiting {
     images: BTreeMap<Digest, Letter<ImageReport>>,
     backups: BTreeMap<VmId, Letter<BackupReport>>,
     rehearsals: BTreeMap<ImageId, Letter<RehearsalReport>>,
+    moves: BTreeMap<VmId, Letter<MoveReport>>,
     summaries: VecDeque<NodeSummary>,
     /// The number of the last frame; rises over all sessions of this process.
     number: u64,
@@ -65,6 +66,11 @@ impl Outbox {
         self.news.notify_one();
     }
 
+    pub fn a_move(&self, report: MoveReport) {
+        self.waiting().moves.insert(report.vm, Letter { report, sent: None });
+        self.news.notify_one();
+    }
+
     pub fn summary(&self, summary: NodeSummary) {
         let mut waiting = self.waiting();
         if waiting.summaries.len() == WAITING_SUMMARIES {
@@ -82,6 +88,7 @@ impl Outbox {
         waiting.images.values_mut().for_each(|letter| letter.sent = None);
         waiting.backups.values_mut().for_each(|letter| letter.sent = None);
         waiting.rehearsals.values_mut().for_each(|letter| letter.sent = None);
+        waiting.moves.values_mut().for_each(|letter| letter.sent = None);
         drop(waiting);
         self.news.notify_one();
     }
@@ -104,12 +111,13 @@ impl Outbox {
         waiting.images.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
         waiting.backups.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
         waiting.rehearsals.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
+        waiting.moves.retain(|_, letter| letter.sent.is_none_or(|sent| sent > number));
     }
 
     pub fn is_empty(&self) -> bool {
         let waiting = self.waiting();
         let told = waiting.vms.is_empty() && waiting.images.is_empty() && waiting.backups.is_empty();
-        told && waiting.rehearsals.is_empty() && waiting.summaries.is_empty()
+        told && waiting.rehearsals.is_empty() && waiting.moves.is_empty() && waiting.summaries.is_empty()
     }
 
     fn take(&self) -> Option<FromAgent> {
@@ -134,6 +142,11 @@ impl Outbox {
         if !reports.is_empty() {
             waiting.number = number;
             return Some(FromAgent::RehearsalReports { number, reports });
+        }
+        let reports: Vec<MoveReport> = unsent(waiting.moves.values_mut(), number);
+        if !reports.is_empty() {
+            waiting.number = number;
+            return Some(FromAgent::MoveReports { number, reports });
         }
         waiting.summaries.pop_front().map(FromAgent::Summary)
     }

@@ -96,6 +96,11 @@ impl Arrivals {
         Self { dir, control, expected: Mutex::default() }
     }
 
+    /// Without libvirtd guests do not move through sockets.
+    pub fn have_sockets(&self) -> bool {
+        self.control.is_some()
+    }
+
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -105,9 +110,15 @@ impl Arrivals {
         self.expected().insert(vm, arrival);
     }
 
-    /// It has come, or was given up: the door is closed. Connections that are open stay until either end closes them.
-    pub fn forget(&self, vm: VmId) {
-        self.expected().remove(&vm);
+    /// Closes the door to all but these: the others have come, or were given up. Connections that are open stay until
+    /// either end closes them.
+    pub fn retain(&self, expected: &BTreeMap<VmId, u64>) {
+        self.expected().retain(|vm, arrival| expected.get(vm) == Some(&arrival.destination.epoch));
+    }
+
+    /// Who is expected, each under the placement that it will have.
+    pub fn epochs(&self) -> BTreeMap<VmId, u64> {
+        self.expected().iter().map(|(vm, arrival)| (*vm, arrival.destination.epoch)).collect()
     }
 
     /// What is expected, if `peer` is who it comes from.

@@ -26,6 +26,8 @@ struct Seen {
     machines: Option<Vec<Machine>>,
     /// Thousandths that were fetched of images on their way.
     fetched_permille: BTreeMap<Digest, u64>,
+    /// Bytes that have gone and bytes in all, of guests that go to another host.
+    moved: BTreeMap<VmId, (u64, u64)>,
 }
 
 /// One machine as the executor found it.
@@ -34,17 +36,18 @@ pub struct Machine {
     pub vm: VmId,
     pub epoch: u64,
     pub phase: Phase,
-    /// Set while it is being created.
+    /// Set while it is being created, or moved away.
     pub stage: Option<Stage>,
 }
 
-/// What a machine that is being created waits for.
+/// What a machine that is being created or moved waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     FetchImage(Digest),
     MakeDisk,
     PlugNetwork,
     Start,
+    Move(VmId),
 }
 
 /// The beats' part of the view.
@@ -74,6 +77,14 @@ impl View {
 
     pub fn end_fetch(&self, digest: Digest) {
         self.seen().fetched_permille.remove(&digest);
+    }
+
+    pub fn set_moved(&self, vm: VmId, done: u64, total: u64) {
+        self.seen().moved.insert(vm, (done, total));
+    }
+
+    pub fn end_move(&self, vm: VmId) {
+        self.seen().moved.remove(&vm);
     }
 
     /// `None` until host and guests have been looked at.
@@ -106,8 +117,14 @@ impl Seen {
         }
     }
 
-    /// Of the whole creation: fetching the image is most of it when it is not here, and the rest is quick.
+    /// Of the whole creation: fetching the image is most of it when it is not here, and the rest is quick. A guest that
+    /// moves goes on writing, so there may be more to do than a moment before.
     fn progress(&self, stage: Stage) -> Progress {
+        if let Stage::Move(vm) = stage {
+            let (done, total) = self.moved.get(&vm).copied().unwrap_or_default();
+            let percent = u8::try_from(done.min(total) / total.div_ceil(100).max(1)).unwrap_or(100);
+            return Progress { step: format!("move, {} of {} MiB", done >> 20, total >> 20), percent };
+        }
         let (step, percent) = match stage {
             Stage::FetchImage(digest) => {
                 let permille = self.fetched_permille.get(&digest).copied().unwrap_or(0);
@@ -115,7 +132,7 @@ impl Seen {
             }
             Stage::MakeDisk => ("make disk", 60),
             Stage::PlugNetwork => ("plug network", 70),
-            Stage::Start => ("start", 80),
+            Stage::Start | Stage::Move(_) => ("start", 80),
         };
         Progress { step: step.into(), percent }
     }

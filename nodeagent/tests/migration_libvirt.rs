@@ -230,7 +230,7 @@ impl Cloud {
         let destination = to.hypervisor.prepare_migration(spec).unwrap();
         to.agent.arrivals.expect(VM, Arrival { source: from.agent.node, destination });
         let agent = &from.agent;
-        let opened = Departure::open(agent.arrivals.dir(), &agent.identity, &to.address, VM, spec.epoch);
+        let opened = Departure::open(&agent.arrivals, &agent.identity, &to.address, VM, spec.epoch);
         self.runtime.block_on(opened).unwrap()
     }
 

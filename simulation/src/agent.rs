@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use model::{
     Assignment, Digest, NodeId, VmId,
-    command::{ImageReport, VmReport},
+    command::{ImageReport, MoveReport, VmReport},
     lease::{BEAT_NANOS, LEASE_NANOS},
     permit::{Keeper, Permit},
     steps::{Failure, Memory, Seen, Step, Subject, Told},
@@ -44,6 +44,7 @@ pub struct Agent {
     next_controller: usize,
     vms: BTreeMap<VmId, (VmReport, Option<u64>)>,
     images: BTreeMap<Digest, (ImageReport, Option<u64>)>,
+    moves: BTreeMap<VmId, (MoveReport, Option<u64>)>,
     number: u64,
     pub(crate) assignment: Option<Assignment>,
     pub(crate) seen: Seen,
@@ -51,6 +52,9 @@ pub struct Agent {
     pub(crate) failures: BTreeMap<Subject, Failure>,
     pub(crate) told: BTreeMap<VmId, Told>,
     pub(crate) told_images: BTreeMap<Digest, bool>,
+    pub(crate) told_moves: BTreeMap<VmId, MoveReport>,
+    pub(crate) moves_failed: BTreeMap<VmId, (u64, String)>,
+    pub(crate) going: BTreeMap<VmId, u64>,
     pub(crate) busy: BTreeSet<Subject>,
     pub done: VecDeque<(Step, Result<(), ()>)>,
     pub(crate) next_look: u64,
@@ -81,6 +85,7 @@ impl Agent {
             begun: memory.begun,
             existed: memory.existed,
             ran: memory.ran,
+            leaving: memory.leaving,
             ..Memory::default()
         };
         Self {
@@ -98,6 +103,7 @@ impl Agent {
             next_controller: 0,
             vms: BTreeMap::new(),
             images: BTreeMap::new(),
+            moves: BTreeMap::new(),
             number: 0,
             assignment: None,
             seen: journal.seen,
@@ -105,6 +111,9 @@ impl Agent {
             failures: BTreeMap::new(),
             told: BTreeMap::new(),
             told_images: BTreeMap::new(),
+            told_moves: BTreeMap::new(),
+            moves_failed: BTreeMap::new(),
+            going: BTreeMap::new(),
             busy: BTreeSet::new(),
             done: VecDeque::new(),
             next_look: 0,
@@ -210,12 +219,14 @@ impl Agent {
                     self.next_beat = 0;
                     self.vms.values_mut().for_each(|letter| letter.1 = None);
                     self.images.values_mut().for_each(|letter| letter.1 = None);
+                    self.moves.values_mut().for_each(|letter| letter.1 = None);
                     self.forget_told();
                 }
                 Down::Assignment(assignment) => self.obey(around, host, *assignment),
                 Down::Reported(number) => {
                     self.vms.retain(|_, letter| letter.1.is_none_or(|sent| sent > number));
                     self.images.retain(|_, letter| letter.1.is_none_or(|sent| sent > number));
+                    self.moves.retain(|_, letter| letter.1.is_none_or(|sent| sent > number));
                 }
             }
         }
@@ -235,6 +246,10 @@ impl Agent {
         self.vms.insert(report.vm, (report, None));
     }
 
+    pub(crate) fn post_move(&mut self, report: MoveReport) {
+        self.moves.insert(report.vm, (report, None));
+    }
+
     pub(crate) fn post_image(&mut self, report: ImageReport) {
         self.images.insert(report.digest, (report, None));
     }
@@ -250,7 +265,12 @@ impl Agent {
         let reports: Vec<ImageReport> = unsent(self.images.values_mut(), number);
         if !reports.is_empty() {
             self.number = number;
-            around.wires.say_up(around.now, &mut around.dice, stream, Up::Images(number, reports));
+            return around.wires.say_up(around.now, &mut around.dice, stream, Up::Images(number, reports));
+        }
+        let reports: Vec<MoveReport> = unsent(self.moves.values_mut(), number);
+        if !reports.is_empty() {
+            self.number = number;
+            around.wires.say_up(around.now, &mut around.dice, stream, Up::Moves(number, reports));
         }
     }
 }

@@ -116,6 +116,9 @@ fn unsettled_machine(cloud: &Cloud, vm: &Vm) -> Option<String> {
     if vm.ghost {
         return say("a ghost");
     }
+    if vm.migration.is_some() {
+        return say("not done with its move");
+    }
     let fits = |node: &Node| {
         let room: Capacity = state.promisable(node).minus(state.reserved(node.id));
         vm.size.fits_in(room)

@@ -41,6 +41,8 @@ impl Cloud {
             quorum: Quorum::new(),
             coverage: Coverage::default(),
             story: Story { wanted: tell, lines: Vec::new() },
+            doors: BTreeMap::new(),
+            landings: Vec::new(),
         };
         let controllers = (0..CONTROLLERS).map(|number| Controller::new(number, &mut around)).collect();
         Self { around, controllers, hosts: BTreeMap::new(), people: People::default(), faults: Faults::default() }

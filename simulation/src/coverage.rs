@@ -8,6 +8,7 @@ pub struct Coverage(BTreeMap<&'static str, u64>);
 /// What has to happen somewhere over the seeds of a run.
 pub const REQUIRED: &[&str] = &[
     AGENT_KILLED,
+    ANSWER_LOST,
     BEAT_REPLAYED,
     BRAKE_FROZEN,
     CONTROLLER_RESTARTED,
@@ -18,9 +19,13 @@ pub const REQUIRED: &[&str] = &[
     LEASE_BACK_IN_TIME,
     LEASE_LAPSED,
     MACHINE_DEFERRED,
+    MACHINE_DRAINED,
     MACHINE_EXPIRED,
     MACHINE_RECOVERED,
     MACHINE_RETRIED,
+    MOVE_GIVEN_UP,
+    MOVE_OF_A_LOST_HOST,
+    MACHINE_MOVED,
     MACHINE_TWICE,
     NODE_LOST,
     NODE_REMOVED,
@@ -37,6 +42,7 @@ pub const REQUIRED: &[&str] = &[
 ];
 
 pub const AGENT_KILLED: &str = "agents killed";
+pub const ANSWER_LOST: &str = "moves whose last answer was lost";
 pub const BEAT_REPLAYED: &str = "beats refused as replayed";
 pub const BRAKE_FROZEN: &str = "brake frozen";
 pub const CONTROLLER_RESTARTED: &str = "controllers restarted";
@@ -47,9 +53,13 @@ pub const LEADER_CHANGED: &str = "leaders changed";
 pub const LEASE_BACK_IN_TIME: &str = "guests that a lease came back for";
 pub const LEASE_LAPSED: &str = "guests stopped at a lease's end";
 pub const MACHINE_DEFERRED: &str = "machines without room";
+pub const MACHINE_DRAINED: &str = "machines sent away from drained nodes";
 pub const MACHINE_EXPIRED: &str = "transitions given up";
 pub const MACHINE_RECOVERED: &str = "machines taken from lost nodes";
 pub const MACHINE_RETRIED: &str = "machines retried";
+pub const MACHINE_MOVED: &str = "machines handed over";
+pub const MOVE_GIVEN_UP: &str = "moves given up";
+pub const MOVE_OF_A_LOST_HOST: &str = "machines handed over although their host was lost";
 pub const MACHINE_TWICE: &str = "available machines that ran twice";
 pub const NODE_LOST: &str = "nodes declared lost";
 pub const NODE_REMOVED: &str = "nodes removed for good";

@@ -21,6 +21,7 @@ impl Agent {
     pub(crate) fn forget_told(&mut self) {
         self.told.retain(|_, told| told.report.phase == Phase::Failed);
         self.told_images.clear();
+        self.told_moves.clear();
         self.next_look = 0;
     }
 
@@ -42,6 +43,10 @@ impl Agent {
                 self.failures.remove(&Subject::Image(wish.image.digest));
                 wish.nics.iter().for_each(|nic| drop(self.failures.remove(&Subject::Network(nic.vni))));
             }
+        }
+        let end = |vm: &VmId| new.vms.iter().find(|wish| wish.vm == *vm)?.moves.as_ref().map(|end| end.epoch);
+        for (vm, _) in self.going.iter().filter(|(vm, epoch)| end(vm) != Some(**epoch)) {
+            host.call_back(around, *vm);
         }
         let wished: BTreeSet<Digest> = new.images.iter().map(|image| image.digest).collect();
         self.told_images.retain(|digest, _| wished.contains(digest));
@@ -80,7 +85,17 @@ impl Agent {
         found.failures = self.failures.clone();
         found.told = self.told.clone();
         found.told_images = self.told_images.clone();
+        found.told_moves = self.told_moves.clone();
+        found.moves_failed = self.moves_failed.clone();
+        found.leaving = self.going.keys().copied().collect();
         let Some(assignment) = self.assignment.clone() else { return };
+        let id = self.id;
+        let comes = |vm: &VmId, epoch: &u64| {
+            assignment.vms.iter().any(|w| (w.vm, w.epoch, w.power) == (*vm, *epoch, Power::Arriving))
+        };
+        around.doors.retain(|(host, vm), epoch| *host != id || comes(vm, epoch));
+        let own = around.doors.iter().filter(|((host, _), _)| *host == id);
+        found.expected = own.map(|((_, vm), epoch)| (*vm, *epoch)).collect();
         for wish in &assignment.vms {
             if wish.power == Power::Stopped {
                 self.memory(wish, &found).wished_off = true;
@@ -118,6 +133,10 @@ impl Agent {
                 self.told_images.insert(report.digest, report.good);
                 return self.post_image(report.clone());
             }
+            Step::ReportMove(report) => {
+                self.told_moves.insert(report.vm, report.clone());
+                return self.post_move(report.clone());
+            }
             _ => {}
         }
         let Some(subject) = step.subject() else { return };
@@ -128,28 +147,47 @@ impl Agent {
         if let Subject::Vm(vm) = subject
             && let Some(wish) = wish(&vm)
         {
-            match &step {
-                Step::MakeDisk(_) | Step::Start { .. } => {
-                    let memory = self.memory(wish, found);
-                    (memory.begun, memory.removed) = (true, false);
-                    if let Step::Start { reboots, .. } = step {
-                        (memory.rebooted, memory.wished_off) = (reboots, false);
-                    }
-                }
-                Step::PressPower(_) | Step::Reset { .. } | Step::Remove(_) => drop(self.memory(wish, found)),
-                _ => {}
-            }
+            self.note_intent(wish, found, &step);
             let touches_a_running_guest = matches!(
                 step,
-                Step::Start { .. } | Step::Suspend(_) | Step::Resume(_) | Step::PressPower(_) | Step::Reset { .. }
+                Step::Start { .. }
+                    | Step::Suspend(_)
+                    | Step::Resume(_)
+                    | Step::PressPower(_)
+                    | Step::Reset { .. }
+                    | Step::Migrate { .. }
+                    | Step::FinishMigration { .. }
+                    | Step::CancelMigration(_)
             );
             if touches_a_running_guest && self.keeper.force().may_run(wish, clock).is_err() {
                 self.busy.remove(&subject);
+                if let Step::Migrate { vm, .. } = &step {
+                    self.going.remove(vm);
+                    self.memory(wish, found).leaving = None;
+                }
                 let count = self.failures.get(&subject).map_or(0, |failure| failure.count);
                 return self.note_failure(subject, count, "not now".into(), clock / MILLI);
             }
         }
         host.begin(around, step, assignment, self.process);
+    }
+
+    fn note_intent(&mut self, wish: &VmWish, found: &Observed, step: &Step) {
+        match step {
+            Step::MakeDisk(_) | Step::Start { .. } => {
+                let memory = self.memory(wish, found);
+                (memory.begun, memory.removed) = (true, false);
+                if let Step::Start { reboots, .. } = step {
+                    (memory.rebooted, memory.wished_off) = (*reboots, false);
+                }
+            }
+            Step::Migrate { vm, epoch } => {
+                self.memory(wish, found).leaving = Some(*epoch);
+                self.going.insert(*vm, *epoch);
+            }
+            Step::PressPower(_) | Step::Reset { .. } | Step::Remove(_) => drop(self.memory(wish, found)),
+            _ => {}
+        }
     }
 
     fn memory(&mut self, wish: &VmWish, found: &Observed) -> &mut Memory {
@@ -174,6 +212,9 @@ impl Agent {
         let Some(assignment) = &self.assignment else { return };
         let wishes: BTreeMap<VmId, &VmWish> = assignment.vms.iter().map(|wish| (wish.vm, wish)).collect();
         self.told.retain(|vm, _| wishes.contains_key(vm));
+        let end = |vm: &VmId| wishes.get(vm)?.moves.as_ref().map(|end| end.epoch);
+        self.told_moves.retain(|vm, told| end(vm) == Some(told.epoch));
+        self.moves_failed.retain(|vm, (epoch, _)| end(vm) == Some(*epoch));
         self.memories.retain(|vm, _| wishes.contains_key(vm) || found.guests.contains_key(vm));
         for (vm, memory) in &mut self.memories {
             if !(wishes.get(vm).is_some_and(|wish| wish.power == Power::Stopped) && up(vm)) {
@@ -185,6 +226,12 @@ impl Agent {
     fn finish(&mut self, step: &Step, result: Result<(), ()>, now_millis: u64) {
         let Some(subject) = step.subject() else { return };
         self.busy.remove(&subject);
+        if let Step::Migrate { vm, epoch } = step {
+            self.going.remove(vm);
+            if result.is_err() {
+                self.moves_failed.insert(*vm, (*epoch, "it failed".into()));
+            }
+        }
         if result.is_err() {
             let count = self.failures.get(&subject).map_or(0, |failure| failure.count) + 1;
             return self.note_failure(subject, count, format!("{step}: it failed"), now_millis);
@@ -201,6 +248,7 @@ impl Agent {
         match step {
             Step::MakeDisk(_) | Step::CheckDisk(_) => memory.disk_made = true,
             Step::Reset { reboots, .. } => memory.rebooted = *reboots,
+            Step::CancelMigration(_) => memory.leaving = None,
             Step::Remove(_) => {
                 (memory.removed, memory.begun, memory.disk_made, memory.ran) = (true, false, false, false);
             }

@@ -13,7 +13,7 @@ use crate::{
     agent::{Agent, Journal},
     coverage,
     dice::{Clock, MILLI},
-    surroundings::Surroundings,
+    surroundings::{Landing, Surroundings},
 };
 
 #[derive(Clone, Debug)]
@@ -101,6 +101,7 @@ impl Host {
         }
         self.guard(around);
         self.operate(around);
+        self.land(around);
         // The guard finds what the operations have just started before anything else happens on the host.
         self.guard(around);
         if self.agent.is_none() && around.now >= self.agent_starts_at {
@@ -119,7 +120,7 @@ impl Host {
     fn guard(&mut self, around: &mut Surroundings) {
         let now = self.clock.at(around.now);
         for (vm, guest) in &mut self.guests {
-            if !matches!(guest.power, FoundPower::Running | FoundPower::Suspended) {
+            if !matches!(guest.power, FoundPower::Running | FoundPower::Suspended | FoundPower::Arrived) {
                 continue;
             }
             let stopped = match self.page.verdict(*vm, Some(guest.epoch), now) {
@@ -166,8 +167,23 @@ impl Host {
             Step::RemoveNetwork(vni) => drop(self.networks.remove(vni)),
             Step::MakeDisk(_) | Step::CheckDisk(_) => {}
             // Nobody asks for backups or rehearsals here, and reports never come this far.
-            Step::BackUp { .. } | Step::Report(_) | Step::ReportImage(_) | Step::ReportBackup(_) => {}
+            Step::BackUp { .. } | Step::Report(_) => {}
+            Step::ReportImage(_) | Step::ReportBackup(_) | Step::ReportMove(_) => {}
             Step::Rehearse { .. } | Step::ReportRehearsal(_) => {}
+            Step::PrepareMigration(vm) => {
+                let wish = operation.assignment.vms.iter().find(|wish| wish.vm == *vm).ok_or(())?;
+                around.doors.insert((self.id, *vm), wish.epoch);
+            }
+            Step::Migrate { vm, .. } => self.send(around, *vm, &operation.assignment)?,
+            Step::FinishMigration { vm, run } => {
+                let power = if *run { FoundPower::Running } else { FoundPower::Suspended };
+                self.turn(*vm, FoundPower::Arrived, power)?;
+            }
+            Step::CancelMigration(vm) => {
+                if self.guests.get(vm).is_some_and(|guest| guest.power == FoundPower::Moved) {
+                    self.guests.get_mut(vm).ok_or(())?.power = FoundPower::OffByAgent;
+                }
+            }
             Step::Start { vm, .. } => {
                 let wish = operation.assignment.vms.iter().find(|wish| wish.vm == *vm).ok_or(())?;
                 let guest = Guest {
@@ -200,6 +216,54 @@ impl Host {
         Ok(())
     }
 
+    /// What libvirt does: the guest is stopped here before all of it is there. Now and then the last answer is lost, and
+    /// it goes on here although all of it is there too.
+    fn send(&mut self, around: &mut Surroundings, vm: VmId, assignment: &Assignment) -> Result<(), ()> {
+        let wish = assignment.vms.iter().find(|wish| wish.vm == vm).ok_or(())?;
+        let end = wish.moves.as_ref().ok_or(())?;
+        let on = |guest: &&mut Guest| matches!(guest.power, FoundPower::Running | FoundPower::Suspended);
+        let guest = self.guests.get_mut(&vm).filter(on).filter(|guest| !guest.stopped).ok_or(())?;
+        let open = around.doors.get(&(end.node, vm)) == Some(&end.epoch);
+        if guest.epoch != wish.epoch || !open || around.dice.permille(100) {
+            return Err(());
+        }
+        let due = around.now + around.dice.delay(200, 20_000, 60);
+        let arrived = Guest { epoch: end.epoch, power: FoundPower::Arrived, stopped: false, ..guest.clone() };
+        around.landings.push(Landing { due, to: end.node, vm, guest: arrived });
+        if around.dice.permille(120) {
+            around.coverage.count(coverage::ANSWER_LOST);
+            return Err(());
+        }
+        guest.power = FoundPower::Moved;
+        Ok(())
+    }
+
+    /// Guests from other hosts, if they are still let in.
+    fn land(&mut self, around: &mut Surroundings) {
+        let (now, id) = (around.now, self.id);
+        let here = |landing: &Landing| landing.to == id && landing.due <= now;
+        let (landed, later) = std::mem::take(&mut around.landings).into_iter().partition(here);
+        around.landings = later;
+        let landed: Vec<Landing> = landed;
+        for Landing { vm, guest, .. } in landed {
+            let let_in = around.doors.get(&(id, vm)) == Some(&guest.epoch);
+            if let_in && !self.guests.contains_key(&vm) {
+                around.story.tell(now, || format!("{vm} has come to {id} for epoch {}", guest.epoch));
+                self.guests.insert(vm, guest);
+            }
+        }
+    }
+
+    /// A guest should not go any more. There are moments in which that comes too late.
+    pub fn call_back(&mut self, around: &mut Surroundings, vm: VmId) {
+        let goes =
+            |operation: &&mut Operation| matches!(operation.step, Step::Migrate { vm: going, .. } if going == vm);
+        let late = around.dice.permille(400);
+        for operation in self.operations.iter_mut().filter(goes).filter(|_| !late) {
+            (operation.due, operation.fails) = (around.now, true);
+        }
+    }
+
     fn turn(&mut self, vm: VmId, from: FoundPower, to: FoundPower) -> Result<(), ()> {
         let guest = self.guests.get_mut(&vm).filter(|guest| guest.power == from && !guest.stopped).ok_or(())?;
         guest.power = to;
@@ -212,7 +276,8 @@ impl Host {
     }
 
     pub fn crash_guest(&mut self, vm: VmId) {
-        if let Some(guest) = self.guests.get_mut(&vm) {
+        // One that has left has nothing here that could crash; one that is off stays known as it was.
+        if let Some(guest) = self.guests.get_mut(&vm).filter(|guest| guest.power != FoundPower::Moved) {
             (guest.power, guest.stopped) = (FoundPower::Crashed, false);
         }
     }
@@ -224,6 +289,7 @@ impl Host {
             agent.hang_up(around);
         }
         self.operations.retain(|_| around.dice.permille(500));
+        around.doors.retain(|(host, _), _| *host != self.id);
         self.agent_starts_at = starts_at;
     }
 
@@ -234,6 +300,7 @@ impl Host {
         }
         self.powered = false;
         self.operations.clear();
+        around.doors.retain(|(host, _), _| *host != self.id);
         self.networks.clear();
         self.page = Permit::default();
         let guests: Vec<VmId> = self.guests.keys().copied().collect();

@@ -77,7 +77,7 @@ fn choose(cloud: &mut Cloud) -> Option<Command> {
     let (vm, node) = (dice.pick(&vms)?, dice.pick(&nodes)?);
     let power =
         |wanted, stop_grace_millis| Some(Command::Tenant(TenantCommand::SetVmPower { vm, wanted, stop_grace_millis }));
-    match dice.below(40) {
+    match dice.below(51) {
         0..=3 => Some(Command::Tenant(TenantCommand::DeleteVm { vm, force: dice.permille(400) })),
         4..=7 => power(Wanted::Suspended, 0),
         8..=11 => power(Wanted::Stopped, [0, 3000][dice.below(2) as usize]),
@@ -90,6 +90,10 @@ fn choose(cloud: &mut Cloud) -> Option<Command> {
             let (recovery, priority) = (recovery(dice), 1);
             Some(Command::Tenant(TenantCommand::SetVmRecovery { vm, recovery, priority }))
         }
+        38 if dice.permille(300) => Some(Command::Operator(OperatorCommand::CancelMigration { vm })),
+        50 => Some(Command::Operator(OperatorCommand::DrainNode { node })),
+        // Most are refused: the machine does not run, or there is no room.
+        38..=49 => Some(Command::Operator(OperatorCommand::MigrateVm { vm, to: node })),
         32 => Some(Command::Operator(OperatorCommand::ArmRecovery { armed: false })),
         33..=36 if brake != model::Brake::Armed => {
             Some(Command::Operator(OperatorCommand::ArmRecovery { armed: true }))

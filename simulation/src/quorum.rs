@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 
 use model::{
-    Applied, Assignment, Brake, Capacity, Command, Entry, Node, NodeCommand, NodeState, PlannerCommand, Rejection,
-    RequestId, State, invariant,
+    Applied, Assignment, Brake, Capacity, Command, Entry, Node, NodeCommand, NodeState, OperatorCommand, Placement,
+    PlannerCommand, Power, Rejection, RequestId, State, VmId, invariant,
 };
 
 use crate::{
@@ -94,6 +94,7 @@ impl Quorum {
         let outcome = self.state.apply(index, &entry);
         let _ = self.state.drain_changes();
         count(&entry, &outcome, &before, coverage);
+        count_moves(&self.state, &before, coverage);
         if is_frozen(self.state.cluster().brake) && !is_frozen(before.brake) {
             coverage.count(coverage::BRAKE_FROZEN);
         }
@@ -123,11 +124,20 @@ impl Quorum {
 }
 
 fn promises_are_kept(state: &State, entry: &Entry, outcome: &Applied) -> Result<(), String> {
-    let (Command::Planner(PlannerCommand::PlaceVm { node, .. }), Ok(_)) = (&entry.command, outcome) else {
+    let (
+        Command::Planner(PlannerCommand::PlaceVm { node, .. })
+        | Command::Operator(OperatorCommand::MigrateVm { to: node, .. }),
+        Ok(_),
+    ) = (&entry.command, outcome)
+    else {
         return Ok(());
     };
     let host = state.nodes().get(node).ok_or("a machine was placed on a node that does not exist")?;
-    let sizes = state.vms().values().filter(|vm| vm.placement.is_some_and(|p| p.node == *node)).map(|vm| vm.size);
+    let here = |vm: &&model::Vm| {
+        let other = vm.migration.map(|migration| migration.other);
+        vm.placement.into_iter().chain(other).any(|placement| placement.node == *node)
+    };
+    let sizes = state.vms().values().filter(here).map(|vm| vm.size);
     let promised = sizes.fold(Capacity::default(), Capacity::plus);
     if promised.fits_in(state.promisable(host)) {
         return Ok(());
@@ -141,6 +151,8 @@ struct Before {
     /// The node that the entry is about, or from which it takes a machine.
     node: Option<Node>,
     request_known: bool,
+    /// Machines that are on their way, and where to.
+    moving: Vec<(VmId, Placement)>,
 }
 
 impl Before {
@@ -155,7 +167,23 @@ impl Before {
         Self {
             brake: state.cluster().brake,
             node: node.and_then(|node| state.nodes().get(&node).cloned()),
+            moving: state.vms().values().filter(|vm| vm.is_moving()).filter_map(destination).collect(),
             request_known: entry.request.is_some_and(|request| state.requests().contains(&request.id)),
+        }
+    }
+}
+
+fn destination(vm: &model::Vm) -> Option<(VmId, Placement)> {
+    vm.migration.map(|migration| (vm.id, migration.other))
+}
+
+fn count_moves(state: &State, before: &Before, coverage: &mut Coverage) {
+    for (id, to) in &before.moving {
+        let Some(vm) = state.vms().get(id).filter(|vm| !vm.is_moving()) else { continue };
+        match vm.placement == Some(*to) {
+            true if vm.migration.is_none() => coverage.count(coverage::MOVE_OF_A_LOST_HOST),
+            true => coverage.count(coverage::MACHINE_MOVED),
+            false => coverage.count(coverage::MOVE_GIVEN_UP),
         }
     }
 }
@@ -187,7 +215,7 @@ fn addresses_have_one_host(state: &State, entry: &Entry) -> Result<(), String> {
     let mut leases = BTreeMap::new();
     let assignments: Vec<Assignment> = state.nodes().values().filter_map(|node| state.assignment(node.id)).collect();
     for wish in &assignments {
-        for vm in &wish.vms {
+        for vm in wish.vms.iter().filter(|vm| !matches!(vm.power, Power::Arriving | Power::Absent)) {
             if let Some(other) = machines.insert(vm.vm, wish.node) {
                 return Err(format!("{} is wished on {other} and on {}", vm.vm, wish.node));
             }
@@ -211,6 +239,7 @@ fn count(entry: &Entry, outcome: &Applied, before: &Before, coverage: &mut Cover
             PlannerCommand::DeclareLost { .. } => coverage.count(coverage::NODE_LOST),
             PlannerCommand::RecoverVm { .. } => coverage.count(coverage::MACHINE_RECOVERED),
             PlannerCommand::DeferVm { .. } => coverage.count(coverage::MACHINE_DEFERRED),
+            PlannerCommand::MigrateVm { .. } => coverage.count(coverage::MACHINE_DRAINED),
             PlannerCommand::RetryVm { .. } => coverage.count(coverage::MACHINE_RETRIED),
             PlannerCommand::ExpireVm { .. } => coverage.count(coverage::MACHINE_EXPIRED),
             PlannerCommand::SetNodeSilent { silent: true, .. } => coverage.count(coverage::NODE_SILENT),

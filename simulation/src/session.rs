@@ -93,7 +93,10 @@ impl Controller {
             (Up::Images(number, reports), Some(incarnation)) => {
                 (NodeCommand::ReportImages { node, incarnation, reports }, Some(number))
             }
-            (Up::Vms(..) | Up::Images(..), None) => return false,
+            (Up::Moves(number, reports), Some(incarnation)) => {
+                (NodeCommand::ReportMoves { node, incarnation, reports }, Some(number))
+            }
+            (Up::Vms(..) | Up::Images(..) | Up::Moves(..), None) => return false,
         };
         let at = self.wall(around.now);
         let entry = Entry { at, request: None, actor: Actor::Node(node), command: Command::Node(command) };

@@ -1,6 +1,10 @@
 //! What every part of a simulated cloud stands in: true time, chance, the network, the log, and what is written down.
 
-use crate::{coverage::Coverage, dice::Dice, quorum::Quorum, wires::Wires};
+use std::collections::BTreeMap;
+
+use model::{NodeId, VmId};
+
+use crate::{coverage::Coverage, dice::Dice, host::Guest, quorum::Quorum, wires::Wires};
 
 pub struct Surroundings {
     /// True time in nanoseconds; nobody in the cloud can read it.
@@ -10,6 +14,17 @@ pub struct Surroundings {
     pub quorum: Quorum,
     pub coverage: Coverage,
     pub story: Story,
+    /// Which guest each host lets in, under which placement.
+    pub doors: BTreeMap<(NodeId, VmId), u64>,
+    pub landings: Vec<Landing>,
+}
+
+/// A guest whose memory and disk are all with another host, which notices at `due`.
+pub struct Landing {
+    pub due: u64,
+    pub to: NodeId,
+    pub vm: VmId,
+    pub guest: Guest,
 }
 
 impl Surroundings {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use model::{Capacity, NodeId, NodeState, VmId};
+use model::{Capacity, NodeId, NodeState, Placement, VmId};
 
 use crate::{cloud::Cloud, coverage, host::Guest};
 
@@ -66,8 +66,10 @@ fn hosts_hold_what_they_can(cloud: &Cloud) -> Result<(), String> {
     for (id, host) in &cloud.hosts {
         let Some(node) = state.nodes().get(id) else { continue };
         let placed = |vm: &VmId, guest: &Guest| {
-            let placement = state.vms().get(vm).and_then(|vm| vm.placement);
-            placement.is_some_and(|placement| placement.node == *id && placement.epoch == guest.epoch)
+            let here = Placement { node: *id, epoch: guest.epoch };
+            let row = state.vms().get(vm);
+            let other = row.and_then(|vm| vm.migration).map(|migration| migration.other);
+            row.and_then(|vm| vm.placement) == Some(here) || other == Some(here)
         };
         let sizes = host.guests.iter().filter(|(vm, guest)| placed(vm, guest)).map(|(_, guest)| guest.size);
         let used = sizes.fold(Capacity::default(), Capacity::plus);

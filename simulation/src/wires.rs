@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use model::{
     Assignment, Capacity, NodeId,
-    command::{ImageReport, VmReport},
+    command::{ImageReport, MoveReport, VmReport},
     lease::Grant,
     telemetry::NodeStatus,
 };
@@ -53,6 +53,7 @@ pub enum Up {
     Hello(Capacity),
     Vms(u64, Vec<VmReport>),
     Images(u64, Vec<ImageReport>),
+    Moves(u64, Vec<MoveReport>),
 }
 
 pub enum Down {

@@ -10,6 +10,7 @@ use self::{cloud::Cloud, teller::Teller};
 
 pub mod cloud;
 mod guest;
+mod moving;
 mod quorum;
 mod recovery;
 mod story;

@@ -12,7 +12,10 @@ use crate::{
     moment::moment_text,
     output::{self, Rows, details},
     quantity::{duration_text, size_text},
+    wait::WaitArgs,
 };
+
+mod moves;
 
 #[derive(Debug, Subcommand)]
 pub enum NodeCommand {
@@ -36,6 +39,21 @@ pub enum NodeCommand {
     Uncordon {
         /// Name or id
         node: String,
+    },
+    /// Moves all machines of a node to others, while they run; it gets no new ones until it is uncordoned
+    #[command(after_help = "Example:\n  trefoil node drain node-2 --wait")]
+    Drain {
+        /// Name or id
+        node: String,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Moves a few machines so that the nodes are promised more evenly
+    #[command(after_help = "Example:\n  trefoil node rebalance --dry-run")]
+    Rebalance {
+        /// Only say which moves these would be
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Says that a node may be away: its machines wait for it, and it gets no new ones
     #[command(after_help = "Example:\n  trefoil node maintenance node-2\n  trefoil node maintenance node-2 --over")]
@@ -66,6 +84,8 @@ pub async fn run(command: NodeCommand, context: &Context) -> Result<(), ApiError
         }
         NodeCommand::Cordon { node } => cordon(node, true, context).await,
         NodeCommand::Uncordon { node } => cordon(node, false, context).await,
+        NodeCommand::Drain { node, wait } => moves::drain(node, &wait, context).await,
+        NodeCommand::Rebalance { dry_run } => moves::rebalance(dry_run, context).await,
         NodeCommand::Maintenance { node, over } => {
             let node = change!(context, maintain_node, MaintainNodeRequest { name: node, maintenance: !over })?;
             context.print(&node, || format!("{} '{}' {}", node.id, node.name, state(&node)))
@@ -147,7 +167,11 @@ fn describe(node: &Node) -> String {
 }
 
 fn state(node: &Node) -> String {
-    let cordoned = if node.cordoned { ", cordoned" } else { "" };
+    let cordoned = match (node.draining, node.cordoned) {
+        (true, _) => ", draining",
+        (false, true) => ", cordoned",
+        (false, false) => "",
+    };
     let maintenance = if node.maintenance { ", in maintenance" } else { "" };
     format!("{}{cordoned}{maintenance}", node.state)
 }

@@ -11,7 +11,7 @@ use api::{
     error::ApiError,
     proto::{
         ConsoleLogRequest, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsReply, ListVmsRequest,
-        SetVmPowerRequest, SetVmRecoveryRequest, Vm, VmRef,
+        MigrateVmRequest, SetVmPowerRequest, SetVmRecoveryRequest, Vm, VmRef,
     },
 };
 use clap::{Args, Subcommand};
@@ -78,6 +78,20 @@ pub enum VmCommand {
     /// Boots a machine again
     #[command(after_help = "Example:\n  trefoil vm reboot web")]
     Reboot(Change),
+    /// Moves a machine to another node while it runs (for operators)
+    #[command(after_help = "Example:\n  trefoil vm migrate web\n  trefoil vm migrate web --to node-2 --wait")]
+    Migrate {
+        #[command(flatten)]
+        target: Target,
+        /// Name or id of the node; the idlest with room when it is left out
+        #[arg(long, value_name = "NODE")]
+        to: Option<String>,
+        /// Let it stay where it is after all
+        #[arg(long, conflicts_with = "to")]
+        cancel: bool,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
     /// Says what becomes of a machine when its node is lost
     #[command(after_help = "Example:\n  trefoil vm recovery web exclusive --priority 10")]
     Recovery {
@@ -154,6 +168,7 @@ pub async fn run(command: VmCommand, context: &Context) -> Result<(), ApiError> 
         VmCommand::Resume(change) | VmCommand::Start(change) => power(change, "running", Duration::ZERO, context).await,
         VmCommand::Stop { change, grace } => power(change, "stopped", grace, context).await,
         VmCommand::Reboot(change) => reboot(change, context).await,
+        VmCommand::Migrate { target, to, cancel, wait } => migrate(target.vm, to, cancel, &wait, context).await,
         VmCommand::Recovery { target, recovery, priority } => {
             let (tenant, vm) = (context.tenant.clone(), target.vm);
             let body = SetVmRecoveryRequest { tenant, vm, recovery, priority: priority.into() };
@@ -244,6 +259,23 @@ async fn reboot(args: Change, context: &Context) -> Result<(), ApiError> {
     follow(vm, Goal::Status("running"), &args.wait, context).await
 }
 
+async fn migrate(
+    vm: String,
+    to: Option<String>,
+    cancel: bool,
+    wait: &WaitArgs,
+    context: &Context,
+) -> Result<(), ApiError> {
+    let tenant = context.tenant.clone();
+    if cancel {
+        let vm = change!(context, cancel_migration, VmRef { tenant, vm })?;
+        return context.print(&vm, || sentence(&vm));
+    }
+    let vm = change!(context, migrate_vm, MigrateVmRequest { tenant, vm, to: to.unwrap_or_default() })?;
+    let epoch = vm.migration.as_ref().map_or(vm.epoch, |migration| migration.epoch);
+    follow(vm, Goal::Moved(epoch), wait, context).await
+}
+
 async fn console(vm: String, bytes: u64, context: &Context) -> Result<(), ApiError> {
     let max_bytes = u32::try_from(bytes).map_err(|_| ApiError::invalid("--bytes must be less than 4 GiB"))?;
     let body = ConsoleLogRequest { tenant: context.tenant.clone(), vm, max_bytes };
@@ -321,6 +353,8 @@ fn describe(vm: &Vm) -> String {
             ("progress", progress.unwrap_or_default()),
             ("tried again at", retry.unwrap_or_default()),
             ("node", vm.node.clone()),
+            ("move", way(vm)),
+            ("last move", last_move(vm)),
             ("hypervisor", vm.hypervisor.clone()),
             ("image", vm.image.clone()),
             ("template", vm.template.clone()),
@@ -339,6 +373,29 @@ fn describe(vm: &Vm) -> String {
         ],
         None,
     )
+}
+
+/// Between which nodes it moves, and how far that is.
+fn way(vm: &Vm) -> String {
+    let Some(migration) = &vm.migration else { return String::new() };
+    let said = match (migration.left, migration.arrived) {
+        (true, false) => ", has left",
+        (false, true) => ", has arrived",
+        _ => "",
+    };
+    match migration.stage.as_str() {
+        "moving" => format!("to {}{said}", migration.node),
+        "given-up" => format!("{} clears away what came to it", migration.node),
+        _ => format!("from {}, which clears away what was left", migration.node),
+    }
+}
+
+fn last_move(vm: &Vm) -> String {
+    match vm.move_failures {
+        0 => String::new(),
+        1 => format!("failed: {}", vm.move_failure),
+        count => format!("failed, for the {count}. time in a row: {}", vm.move_failure),
+    }
 }
 
 /// What would be lost if its node were lost now.

@@ -3,11 +3,14 @@
 use std::ops::Bound;
 
 use api::{error::ApiError, proto};
-use model::{Command, NodeId, OperatorCommand, State};
+use model::{Command, NodeId, OperatorCommand, State, plan::moves};
 use tonic::Request;
 
 use super::{Service, page};
 use crate::{access, access::Caller, core::boottime, name, probe::Probed, view};
+
+/// More than a host has machines, and few enough for one message.
+const MOST_LEFT: usize = 1_000;
 
 impl Service {
     pub(super) async fn node_list(
@@ -62,6 +65,43 @@ impl Service {
         let (_, index, _) = self.change("MaintainNode", &request, make).await?;
         self.core.applied(index).await?;
         self.core.replica.read(|state| self.node_shown(state, &request.get_ref().name))
+    }
+
+    pub(super) async fn node_drain(&self, request: Request<proto::NamedRef>) -> Result<proto::DrainStatus, ApiError> {
+        let make = |state: &State, caller: &Caller, body: &proto::NamedRef| {
+            caller.must_be_operator()?;
+            Ok(Command::Operator(OperatorCommand::DrainNode { node: name::node(state, &body.name)?.id }))
+        };
+        let (_, index, _) = self.change("DrainNode", &request, make).await?;
+        self.core.applied(index).await?;
+        self.core.replica.read(|state| self.drain_shown(state, &request.get_ref().name))
+    }
+
+    pub(super) async fn drain_get(&self, request: Request<proto::NamedRef>) -> Result<proto::DrainStatus, ApiError> {
+        access::caller(&self.core, &request).await?.must_be_operator()?;
+        let body = request.into_inner();
+        let (status, read_at) = self.core.read(body.stale.into(), |state| self.drain_shown(state, &body.name)).await?;
+        status.map(|status| proto::DrainStatus { read_at: Some(read_at), ..status })
+    }
+
+    pub(super) async fn moves_suggest(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<proto::SuggestMovesReply, ApiError> {
+        access::caller(&self.core, &request).await?.must_be_operator()?;
+        let stale = request.get_ref().consistency.unwrap_or_default().stale;
+        let look = |state: &State| moves::rebalance(state).iter().map(|next| view::suggestion(state, next)).collect();
+        let (moves, read_at) = self.core.read(stale.into(), look).await?;
+        Ok(proto::SuggestMovesReply { moves, read_at: Some(read_at) })
+    }
+
+    fn drain_shown(&self, state: &State, name: &str) -> Result<proto::DrainStatus, ApiError> {
+        let node = name::node(state, name)?;
+        Ok(self.core.hear(|ears| {
+            let left = moves::left_on(state, ears, node.id, state.now());
+            let left = left.iter().take(MOST_LEFT).map(|left| view::left(state, ears, left)).collect();
+            proto::DrainStatus { node: Some(view::node(state, ears, node)), left, read_at: None }
+        }))
     }
 
     fn node_shown(&self, state: &State, name: &str) -> Result<proto::Node, ApiError> {

@@ -3,7 +3,7 @@
 use std::ops::Bound;
 
 use api::{error::ApiError, proto};
-use model::{Command, Recovery, Reply, Role, State, TenantCommand, Vm, VmId, Wanted};
+use model::{Command, OperatorCommand, Recovery, Reply, Role, State, TenantCommand, Vm, VmId, Wanted, plan};
 use tonic::Request;
 
 use super::{Service, page};
@@ -46,6 +46,30 @@ impl Service {
 
     pub(super) async fn vm_reboot(&self, request: Request<proto::VmRef>) -> Result<proto::Vm, ApiError> {
         let (_, index, reply) = self.change("RebootVm", &request, reboot).await?;
+        self.vm_shown(index, reply).await
+    }
+
+    pub(super) async fn vm_migrate(&self, request: Request<proto::MigrateVmRequest>) -> Result<proto::Vm, ApiError> {
+        let make = |state: &State, caller: &Caller, body: &proto::MigrateVmRequest| {
+            caller.must_be_operator()?;
+            let vm = name::vm(state, caller, &body.tenant, &body.vm)?;
+            let to = match body.to.as_str() {
+                "" => self.core.hear(|ears| plan::moves::destination(state, ears, vm))?,
+                node => name::node(state, node)?.id,
+            };
+            Ok(Command::Operator(OperatorCommand::MigrateVm { vm: vm.id, to }))
+        };
+        let (_, index, reply) = self.change("MigrateVm", &request, make).await?;
+        self.vm_shown(index, reply).await
+    }
+
+    pub(super) async fn vm_migration_cancel(&self, request: Request<proto::VmRef>) -> Result<proto::Vm, ApiError> {
+        let make = |state: &State, caller: &Caller, body: &proto::VmRef| {
+            caller.must_be_operator()?;
+            let vm = name::vm(state, caller, &body.tenant, &body.vm)?.id;
+            Ok(Command::Operator(OperatorCommand::CancelMigration { vm }))
+        };
+        let (_, index, reply) = self.change("CancelMigration", &request, make).await?;
         self.vm_shown(index, reply).await
     }
 

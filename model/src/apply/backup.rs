@@ -172,6 +172,9 @@ fn ask(vm: &mut Vm) -> Result<(), Rejection> {
     if !there {
         return Err(Rejection::Stale(format!("{} is {}; there is nothing to back up", vm.name, vm.status())));
     }
+    if vm.is_moving() {
+        return Err(Rejection::Stale(format!("{} is {}; it can be backed up afterwards", vm.name, vm.status())));
+    }
     if vm.backups.pending().is_none() {
         vm.backups.asked += 1;
     }

@@ -37,6 +37,7 @@ impl State {
             capacity: Capacity::default(),
             state: NodeState::Joined,
             cordoned: false,
+            draining: false,
             maintenance: false,
             clock_drifts: false,
             generation: 0,
@@ -113,24 +114,31 @@ impl State {
     }
 
     pub(super) fn cordon_node(&mut self, id: NodeId, cordoned: bool) -> Applied {
-        self.changed_node(id, |node| node.cordoned = cordoned)
+        self.changed_node(id, |node| (node.cordoned, node.draining) = (cordoned, node.draining && cordoned))
+    }
+
+    /// It gets nothing new, and planners move away what it has, until it is let have machines again.
+    pub(super) fn drain_node(&mut self, id: NodeId) -> Applied {
+        self.changed_node(id, |node| (node.cordoned, node.draining) = (true, true))
     }
 
     pub(super) fn forget_node(&mut self, m: Moment, id: NodeId, force: bool) -> Applied {
         let node = self.nodes.get(&id).ok_or_else(|| check::missing(Noun::Node, id))?;
         let name = node.name.clone();
         let machines: Vec<_> = self.vms_on_node(id).cloned().collect();
-        if !machines.is_empty() && !force {
-            return Err(check::in_use(Noun::Node, &name, format!("{} machines are on it", machines.len())));
+        let others = self.others_on_node(id).count();
+        if machines.len() + others > 0 && !force {
+            return Err(check::in_use(Noun::Node, &name, format!("{} machines are on it", machines.len() + others)));
         }
+        self.forget_moves(m.now, id);
         for mut vm in machines {
             if vm.ghost || vm.wanted == Wanted::Deleted {
-                self.remove_vm(vm.id);
+                self.gone_from_its_host(vm);
                 continue;
             }
             // Its disk is gone with the host, so its owner may have it made anew elsewhere.
             self.lose_disk(m, &mut vm);
-            vm.placement = None;
+            (vm.placement, vm.migration) = (None, None);
             vm.phase = Some(Phase::Failed);
             vm.reason = format!("its host {name} was removed");
             (vm.deadline, vm.retry_at, vm.changed_at) = (None, None, m.now);

@@ -101,6 +101,12 @@ impl State {
             self.put_vm(vm);
             return Ok(Reply::Done);
         }
+        if vm.is_moving() {
+            let why = format!("it was not done within {late} s");
+            self.give_up_move(m.now, &mut vm, &why);
+            self.put_vm(vm);
+            return Ok(Reply::Done);
+        }
         let doing = match vm.status() {
             Status::Creating => "creation",
             Status::Starting => "the start",
@@ -112,6 +118,7 @@ impl State {
             | Status::Running
             | Status::Suspended
             | Status::Stopped
+            | Status::Migrating
             | Status::Deleting
             | Status::Failed
             | Status::Lost => {

@@ -11,6 +11,7 @@ impl State {
         }
         self.put_node(Node { state: NodeState::Lost, changed_at: m.now, ..node.clone() });
         self.renumber_neighbours(id);
+        self.forget_moves(m.now, id);
         self.brake(m);
         Ok(Reply::Done)
     }
@@ -52,6 +53,8 @@ impl State {
         }
         let mut vm = vm.clone();
         (vm.deadline, vm.retry_at, vm.changed_at) = (None, None, m.now);
+        // Whatever of it came to another host is in no wish there from now on, and is set aside.
+        vm.migration = None;
         if may_move(&vm) {
             vm.reason = format!("its host {} was lost", node.name);
             self.lose_disk(m, &mut vm);
@@ -79,7 +82,10 @@ impl State {
 
     /// Whether something is still to be done about a machine on a lost host.
     pub(crate) fn is_recoverable(&self, vm: &crate::Vm) -> bool {
-        vm.wanted != Wanted::Deleted && !vm.ghost && (may_move(vm) || vm.phase != Some(Phase::Lost))
+        // One that has left its host is not there any more: its destination has it, and is waited for.
+        let left = vm.is_moving() && vm.migration.is_some_and(|migration| migration.left);
+        let lost = may_move(vm) || vm.phase != Some(Phase::Lost);
+        vm.wanted != Wanted::Deleted && !vm.ghost && !left && lost
     }
 }
 

@@ -150,6 +150,8 @@ impl State {
     fn adopt_vm(&mut self, m: Moment, mut vm: Vm, node: NodeId, held: Held) {
         vm.placement = Some(crate::Placement { node, epoch: held.epoch });
         vm.phase = Some(held.phase);
+        // Whatever move was under way, it ended here.
+        vm.migration = None;
         (vm.existed, vm.rebooted) = (true, vm.reboots);
         vm.backups.answered = vm.backups.asked;
         (vm.attempts, vm.retry_at, vm.changed_at) = (0, None, m.now);

@@ -15,6 +15,9 @@ impl State {
     pub(super) fn report_vms(&mut self, m: Moment, node: NodeId, incarnation: u64, reports: &[VmReport]) -> Applied {
         self.heard_from(m, node, incarnation)?;
         for report in reports {
+            if report.phase == Phase::Absent {
+                self.report_cleared(report.vm, node, report.epoch);
+            }
             let current = self.vms.get(&report.vm);
             let current = current.filter(|vm| vm.placement.is_some_and(|p| p.node == node && p.epoch == report.epoch));
             if let Some(vm) = current.cloned() {
@@ -28,7 +31,7 @@ impl State {
         let now = m.now;
         if vm.wanted == Wanted::Deleted {
             match report.phase {
-                Phase::Absent => self.remove_vm(vm.id),
+                Phase::Absent => self.gone_from_its_host(vm),
                 Phase::Failed => self.quiet(vm, |vm| vm.reason.clone_from(&report.reason)),
                 Phase::Running | Phase::Suspended | Phase::Stopped | Phase::Lost => {}
             }
@@ -57,6 +60,7 @@ impl State {
         vm.existed = true;
         vm.rebooted = vm.rebooted.max(report.rebooted.min(vm.reboots));
         vm.retry_at = None;
+        self.settle_move(now, &mut vm);
         if (vm.phase, vm.rebooted, vm.wanted, vm.reason.clone()) == before {
             return;
         }
@@ -88,6 +92,7 @@ impl State {
         vm.deadline = None;
         vm.changed_at = m.now;
         vm.phase = Some(Phase::Failed);
+        self.settle_move(m.now, &mut vm);
         if evidence && !vm.existed {
             vm.placement = None;
             vm.phase = (!again).then_some(Phase::Failed);

@@ -66,6 +66,8 @@ impl State {
             stop_grace_millis: 0,
             reboots: 0,
             placement: None,
+            migration: None,
+            move_failure: None,
             phase: None,
             existed: false,
             rebooted: 0,
@@ -135,10 +137,11 @@ impl State {
             return Ok(Reply::Done);
         }
         if vm.wanted != Wanted::Deleted {
+            vm.wanted = Wanted::Deleted;
+            self.settle_move(m.now, &mut vm);
             vm.deadline = Some(m.now.plus_millis(self.setting(setting::DELETE_DEADLINE)));
             vm.changed_at = m.now;
         }
-        vm.wanted = Wanted::Deleted;
         vm.request = m.request;
         vm.retry_at = None;
         if force {
@@ -168,6 +171,10 @@ impl State {
         if vm.phase == Some(Phase::Failed) {
             vm.phase = vm.existed.then_some(Phase::Stopped);
             vm.tries += 1;
+        }
+        self.settle_move(now, &mut vm);
+        if vm.is_moving() {
+            return self.put_vm(vm);
         }
         vm.deadline = match vm.status() {
             Status::Creating => Some(self.setting(setting::CREATE_DEADLINE)),

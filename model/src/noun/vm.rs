@@ -4,7 +4,10 @@ use std::{fmt, net::Ipv4Addr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Capacity, ImageId, Mac, NetworkId, NodeId, RequestId, TenantId, Timestamp, VmId};
+use crate::{
+    Capacity, ImageId, Mac, Migration, MigrationStage, MoveFailure, NetworkId, NodeId, RequestId, TenantId, Timestamp,
+    VmId,
+};
 
 /// What the owner wants a machine to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -80,6 +83,9 @@ pub struct Vm {
     /// Rises with each requested reboot.
     pub reboots: u32,
     pub placement: Option<Placement>,
+    /// A second host that it goes to, or went from.
+    pub migration: Option<Migration>,
+    pub move_failure: Option<MoveFailure>,
     /// The last that the host of the current placement reported; `None` while it is being created there.
     pub phase: Option<Phase>,
     /// It has run under its current placement: its disk there holds data, so it may not simply be made anew elsewhere.
@@ -186,6 +192,8 @@ pub enum Status {
     Stopped,
     Starting,
     Rebooting,
+    /// On its way to another host; it goes on meanwhile.
+    Migrating,
     Deleting,
     /// Given up for now or for good; the reason is beside it, and it can always be deleted.
     Failed,
@@ -206,6 +214,7 @@ impl fmt::Display for Status {
             Self::Stopped => "stopped",
             Self::Starting => "starting",
             Self::Rebooting => "rebooting",
+            Self::Migrating => "migrating",
             Self::Deleting => "deleting",
             Self::Failed => "failed",
             Self::Lost => "lost",
@@ -221,6 +230,7 @@ impl Vm {
             (_, Some(Phase::Lost)) => Status::Lost,
             (Wanted::Stopped, _) if self.placement.is_none() => Status::Stopped,
             _ if self.placement.is_none() => Status::Pending,
+            _ if self.is_moving() => Status::Migrating,
             (_, None | Some(Phase::Absent)) => Status::Creating,
             (Wanted::Running, Some(Phase::Running)) if self.rebooted != self.reboots => Status::Rebooting,
             (Wanted::Running, Some(Phase::Running)) => Status::Running,
@@ -239,6 +249,16 @@ impl Vm {
             && matches!(self.wanted, Wanted::Running | Wanted::Suspended)
             && self.phase != Some(Phase::Failed)
             && self.retry_at.is_none()
+    }
+
+    pub fn is_moving(&self) -> bool {
+        self.migration.is_some_and(|migration| migration.stage == MigrationStage::Moving)
+    }
+
+    /// The hosts that it has something on, or is to have.
+    pub(crate) fn hosts(&self) -> impl Iterator<Item = NodeId> {
+        let other = self.migration.map(|migration| migration.other);
+        self.placement.into_iter().chain(other).map(|placement| placement.node)
     }
 
     /// What its disk is made from.

@@ -26,6 +26,8 @@ pub struct Index {
     pub(crate) vm_by_name: BTreeMap<(TenantId, String), VmId>,
     pub(crate) vms_by_tenant: BTreeMap<TenantId, BTreeSet<VmId>>,
     pub(crate) vms_by_node: BTreeMap<NodeId, BTreeSet<VmId>>,
+    /// By the second host of a move.
+    pub(crate) others_by_node: BTreeMap<NodeId, BTreeSet<VmId>>,
     pub(crate) vms_by_image: BTreeMap<ImageId, BTreeSet<VmId>>,
     pub(crate) backups_by_vm: BTreeMap<VmId, BTreeSet<ImageId>>,
     /// The backups that are being rehearsed; those that have a host, by host.
@@ -144,14 +146,13 @@ impl Index {
         }
         if let Some(placement) = vm.placement {
             self.vms_by_node.entry(placement.node).or_default().insert(vm.id);
-            let reserved = self.reserved.entry(placement.node).or_default();
-            *reserved = reserved.plus(vm.size);
-            for nic in &vm.nics {
-                *self.network_nodes.entry(nic.network).or_default().entry(placement.node).or_default() += 1;
-            }
         } else if vm.wants_host() {
             self.unplaced.insert((Reverse(vm.priority), vm.id));
         }
+        if let Some(migration) = vm.migration {
+            self.others_by_node.entry(migration.other.node).or_default().insert(vm.id);
+        }
+        vm.hosts().for_each(|node| self.enter_node(vm, node));
         vm.due_times().for_each(|at| {
             self.due.insert((at, vm.id));
         });
@@ -177,15 +178,26 @@ impl Index {
             }
         }
         if let Some(placement) = vm.placement {
-            self.leave_node(vm, placement.node);
+            forget(&mut self.vms_by_node, placement.node, vm.id);
         }
+        if let Some(migration) = vm.migration {
+            forget(&mut self.others_by_node, migration.other.node, vm.id);
+        }
+        vm.hosts().for_each(|node| self.leave_node(vm, node));
         self.unplaced.remove(&(Reverse(vm.priority), vm.id));
         vm.due_times().for_each(|at| {
             self.due.remove(&(at, vm.id));
         });
     }
-    pub(super) fn leave_node(&mut self, vm: &Vm, node: NodeId) {
-        forget(&mut self.vms_by_node, node, vm.id);
+    /// What it is promised there, and its networks.
+    fn enter_node(&mut self, vm: &Vm, node: NodeId) {
+        let reserved = self.reserved.entry(node).or_default();
+        *reserved = reserved.plus(vm.size);
+        for nic in &vm.nics {
+            *self.network_nodes.entry(nic.network).or_default().entry(node).or_default() += 1;
+        }
+    }
+    fn leave_node(&mut self, vm: &Vm, node: NodeId) {
         self.release(node, vm.size);
         for nic in &vm.nics {
             let Some(nodes) = self.network_nodes.get_mut(&nic.network) else { continue };
@@ -203,7 +215,9 @@ impl Index {
     fn release(&mut self, node: NodeId, size: Capacity) {
         let Some(reserved) = self.reserved.get_mut(&node) else { return };
         *reserved = reserved.minus(size);
-        let used = self.vms_by_node.contains_key(&node) || self.rehearsing_by_node.contains_key(&node);
+        let used = self.vms_by_node.contains_key(&node)
+            || self.others_by_node.contains_key(&node)
+            || self.rehearsing_by_node.contains_key(&node);
         if *reserved == Capacity::default() && !used {
             self.reserved.remove(&node);
         }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::{
     Digest, ImageId, ImageWish, NetworkWish, VmId,
-    command::{BackupReport, ImageReport, RehearsalReport, VmReport},
+    command::{BackupReport, ImageReport, MoveOutcome, MoveReport, RehearsalReport, VmReport},
 };
 
 /// One thing to do. Each prints as one line.
@@ -46,6 +46,20 @@ pub enum Step {
         vm: VmId,
         epoch: u64,
     },
+    /// Make what a guest needs that comes from another host, and let it in.
+    PrepareMigration(VmId),
+    /// Send it to the other end of its move, while it runs.
+    Migrate {
+        vm: VmId,
+        epoch: u64,
+    },
+    /// Let go on what has arrived and was handed over to this host.
+    FinishMigration {
+        vm: VmId,
+        run: bool,
+    },
+    /// It stays here after all.
+    CancelMigration(VmId),
     /// Copy a machine's disk into an image.
     BackUp {
         vm: VmId,
@@ -60,6 +74,8 @@ pub enum Step {
     },
     /// Tell the quorum what became of a rehearsal.
     ReportRehearsal(RehearsalReport),
+    /// Tell the quorum what became of a move.
+    ReportMove(MoveReport),
     /// Tell the quorum what became of a machine.
     Report(VmReport),
     /// Tell the quorum what became of a replica.
@@ -83,10 +99,15 @@ impl Step {
             | Self::PowerOff(vm)
             | Self::Reset { vm, .. }
             | Self::Remove(vm)
+            | Self::PrepareMigration(vm)
+            | Self::Migrate { vm, .. }
+            | Self::FinishMigration { vm, .. }
+            | Self::CancelMigration(vm)
             | Self::Quarantine { vm, .. } => Some(Subject::Vm(*vm)),
             Self::BackUp { vm, .. } => Some(Subject::Backup(*vm)),
             Self::Rehearse { image, .. } => Some(Subject::Rehearsal(*image)),
-            Self::Report(_) | Self::ReportImage(_) | Self::ReportBackup(_) | Self::ReportRehearsal(_) => None,
+            Self::Report(_) | Self::ReportMove(_) => None,
+            Self::ReportImage(_) | Self::ReportBackup(_) | Self::ReportRehearsal(_) => None,
         }
     }
 }
@@ -109,6 +130,18 @@ impl fmt::Display for Step {
             Self::Reset { vm, reboots } => write!(f, "reset {vm} for reboot {reboots}"),
             Self::Remove(vm) => write!(f, "remove {vm}"),
             Self::Quarantine { vm, epoch } => write!(f, "quarantine {vm} epoch {epoch}"),
+            Self::PrepareMigration(vm) => write!(f, "prepare for {vm} to come"),
+            Self::Migrate { vm, epoch } => write!(f, "send {vm} away, for epoch {epoch}"),
+            Self::FinishMigration { vm, run: true } => write!(f, "let {vm} go on here"),
+            Self::FinishMigration { vm, run: false } => write!(f, "take {vm} over, suspended"),
+            Self::CancelMigration(vm) => write!(f, "keep {vm} here"),
+            Self::ReportMove(report) => match &report.outcome {
+                MoveOutcome::Left => write!(f, "report {} has left for epoch {}", report.vm, report.epoch),
+                MoveOutcome::Arrived => write!(f, "report {} has arrived for epoch {}", report.vm, report.epoch),
+                MoveOutcome::Failed(reason) => {
+                    write!(f, "report {} has not moved for epoch {}: {reason}", report.vm, report.epoch)
+                }
+            },
             Self::BackUp { vm, number } => write!(f, "back up {vm}, number {number}"),
             Self::ReportBackup(report) => match &report.outcome {
                 Ok(made) => write!(f, "report backup {} of {}: {}", report.number, report.vm, made.digest),

@@ -8,6 +8,7 @@ use super::*;
 use crate::{Capacity, ImageFormat, ImageWish, Mac, NetworkId, NetworkWish, NicWish, NodeId};
 
 mod backup;
+mod moving;
 
 fn image(n: u8) -> ImageWish {
     ImageWish { digest: Digest([n; 32]), format: ImageFormat::Raw, size_bytes: 1, virtual_bytes: 1, sources: vec![] }
@@ -21,6 +22,7 @@ fn vm(id: u64, epoch: u64, power: Power) -> VmWish {
         attempt: 0,
         power,
         backup: None,
+        moves: None,
         recovery: Recovery::default(),
         stop_grace_millis: 30_000,
         reboots: 0,
@@ -372,7 +374,10 @@ impl World {
                     self.power(*vm, FoundPower::OffByAgent);
                 }
             }
-            Step::PowerOff(vm) => self.power(*vm, FoundPower::OffByAgent),
+            Step::PowerOff(vm) | Step::CancelMigration(vm) => self.power(*vm, FoundPower::OffByAgent),
+            Step::FinishMigration { vm, run: true } => self.power(*vm, FoundPower::Running),
+            Step::FinishMigration { vm, run: false } => self.power(*vm, FoundPower::Suspended),
+            Step::PrepareMigration(_) | Step::Migrate { .. } | Step::ReportMove(_) => panic!("nothing moves: {step}"),
             Step::Reset { vm, reboots } => {
                 *self.resets.entry(*vm).or_default() += 1;
                 self.memory(*vm, epoch(vm)).rebooted = *reboots;
@@ -386,18 +391,7 @@ impl World {
                 found.guests.remove(vm);
                 self.kept_aside.push((*vm, *epoch));
             }
-            Step::Report(report) => {
-                let wish = self.wish.vms.iter_mut().find(|wish| wish.vm == report.vm).unwrap();
-                let told = Told { attempt: wish.attempt, power: wish.power, report: report.clone() };
-                found.told.insert(report.vm, told);
-                // The quorum's part: try again what failed, and take a guest's own end as the owner's will.
-                if report.phase == Phase::Failed {
-                    wish.attempt += 1;
-                    found.failures.clear();
-                } else if report.phase == Phase::Stopped && wish.power != Power::Stopped {
-                    wish.power = Power::Stopped;
-                }
-            }
+            Step::Report(report) => self.hear(report),
             Step::ReportImage(report) => drop(found.told_images.insert(report.digest, report.good)),
             Step::BackUp { vm, number } => {
                 let (vm, epoch, outcome) = (*vm, epoch(vm), Err("no space".into()));
@@ -405,6 +399,19 @@ impl World {
             }
             Step::ReportBackup(report) => drop(found.told_backups.insert(report.vm, report.number)),
             Step::Rehearse { .. } | Step::ReportRehearsal(_) => unreachable!("no rehearsal is wished here"),
+        }
+    }
+
+    /// The quorum's part: try again what failed, and take a guest's own end as the owner's will.
+    fn hear(&mut self, report: &VmReport) {
+        let wish = self.wish.vms.iter_mut().find(|wish| wish.vm == report.vm).unwrap();
+        let told = Told { attempt: wish.attempt, power: wish.power, report: report.clone() };
+        self.found.told.insert(report.vm, told);
+        if report.phase == Phase::Failed {
+            wish.attempt += 1;
+            self.found.failures.clear();
+        } else if report.phase == Phase::Stopped && wish.power != Power::Stopped {
+            wish.power = Power::Stopped;
         }
     }
 
@@ -438,7 +445,7 @@ impl World {
                 Power::Running => power == Some(FoundPower::Running),
                 Power::Suspended => power == Some(FoundPower::Suspended),
                 Power::Stopped => !matches!(power, Some(FoundPower::Running | FoundPower::Suspended)),
-                Power::Absent => power.is_none(),
+                Power::Absent | Power::Arriving => power.is_none(),
             };
             assert!(good, "{} is {power:?}, wished {:?}", wish.vm, wish.power);
             assert_ne!(self.found.told.get(&wish.vm).map(|told| told.report.phase), Some(Phase::Failed));
@@ -456,8 +463,9 @@ fn power() -> impl Strategy<Value = Power> {
 }
 
 fn found_power() -> impl Strategy<Value = FoundPower> {
-    use FoundPower::{Crashed, OffByAgent, OffByGuest, Running, Suspended};
-    prop_oneof![Just(Running), Just(Suspended), Just(OffByGuest), Just(OffByAgent), Just(Crashed)]
+    use FoundPower::{Arrived, Crashed, Moved, OffByAgent, OffByGuest, Running, Suspended};
+    let on = prop_oneof![Just(Running), Just(Suspended), Just(Arrived)];
+    prop_oneof![on, Just(Moved), Just(OffByGuest), Just(OffByAgent), Just(Crashed)]
 }
 
 proptest! {

@@ -1,7 +1,7 @@
 //! One entry for each command, in an order in which a cloud accepts them, and the state that follows.
 
 use model::{
-    command::{BackupMade, BackupReport, ImageReport, RehearsalReport, VmReport},
+    command::{BackupMade, BackupReport, ImageReport, MoveOutcome, MoveReport, RehearsalReport, VmReport},
     *,
 };
 
@@ -37,8 +37,11 @@ pub fn name(command: &Command) -> &'static str {
         Command::Operator(O::SetPrice { .. }) => "operator.set-price",
         Command::Operator(O::IssueJoinToken { .. }) => "operator.issue-join-token",
         Command::Operator(O::CordonNode { .. }) => "operator.cordon-node",
+        Command::Operator(O::DrainNode { .. }) => "operator.drain-node",
         Command::Operator(O::MaintainNode { .. }) => "operator.maintain-node",
         Command::Operator(O::ArmRecovery { .. }) => "operator.arm-recovery",
+        Command::Operator(O::MigrateVm { .. }) => "operator.migrate-vm",
+        Command::Operator(O::CancelMigration { .. }) => "operator.cancel-migration",
         Command::Operator(O::RemoveNode { .. }) => "operator.remove-node",
         Command::Operator(O::RaiseLevel { .. }) => "operator.raise-level",
         Command::Operator(O::EndRefounding) => "operator.end-refounding",
@@ -47,6 +50,7 @@ pub fn name(command: &Command) -> &'static str {
         Command::Node(N::ReportImages { .. }) => "node.report-images",
         Command::Node(N::ReportBackups { .. }) => "node.report-backups",
         Command::Node(N::ReportRehearsals { .. }) => "node.report-rehearsals",
+        Command::Node(N::ReportMoves { .. }) => "node.report-moves",
         Command::Node(N::Summarise { .. }) => "node.summarise",
         Command::Node(N::TakeStock { .. }) => "node.take-stock",
         Command::Planner(P::Found { .. }) => "planner.found",
@@ -55,6 +59,7 @@ pub fn name(command: &Command) -> &'static str {
         Command::Planner(P::JoinNode { .. }) => "planner.join-node",
         Command::Planner(P::BindCertificate { .. }) => "planner.bind-certificate",
         Command::Planner(P::PlaceVm { .. }) => "planner.place-vm",
+        Command::Planner(P::MigrateVm { .. }) => "planner.migrate-vm",
         Command::Planner(P::DeferVm { .. }) => "planner.defer-vm",
         Command::Planner(P::RetryVm { .. }) => "planner.retry-vm",
         Command::Planner(P::ExpireVm { .. }) => "planner.expire-vm",
@@ -223,7 +228,20 @@ fn end() -> Vec<Command> {
         node(NodeCommand::ReportRehearsals { node: node_id, incarnation: 1, reports: vec![rehearsed] }),
         tenant_asks(TenantCommand::EndRehearsal { image: ImageId(2) }),
         tenant_asks(TenantCommand::SetVmRecovery { vm, recovery: Recovery::RestartInPlace, priority: 1 }),
+        operator(OperatorCommand::MigrateVm { vm, to: NodeId(2) }),
+        node(NodeCommand::ReportMoves {
+            node: node_id,
+            incarnation: 1,
+            reports: vec![
+                MoveReport { vm, epoch: 40, outcome: MoveOutcome::Left },
+                MoveReport { vm, epoch: 40, outcome: MoveOutcome::Arrived },
+                MoveReport { vm, epoch: 40, outcome: MoveOutcome::Failed("no room".into()) },
+            ],
+        }),
+        operator(OperatorCommand::CancelMigration { vm }),
         operator(OperatorCommand::ArmRecovery { armed: false }),
+        operator(OperatorCommand::DrainNode { node: node_id }),
+        Command::Planner(PlannerCommand::MigrateVm { vm, to: NodeId(2) }),
         operator(OperatorCommand::MaintainNode { node: node_id, maintenance: true }),
         Command::Planner(PlannerCommand::DeclareLost { node: node_id, incarnation: 1 }),
         Command::Planner(PlannerCommand::RecoverVm { vm, epoch: 19 }),

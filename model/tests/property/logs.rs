@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 
 use model::{
-    command::{BackupMade, BackupReport, ImageReport, RehearsalReport, VmReport},
+    command::{BackupMade, BackupReport, ImageReport, MoveOutcome, MoveReport, RehearsalReport, VmReport},
     *,
 };
 use proptest::prelude::*;
@@ -236,9 +236,33 @@ impl Source {
             let reports = vec![report];
             return self.node(node.id, NodeCommand::ReportRehearsals { node: node.id, incarnation, reports });
         }
+        let moving: Vec<&Vm> =
+            held.iter().copied().chain(state.others_on_node(node.id)).filter(|vm| vm.migration.is_some()).collect();
+        if let (Some(vm), false) = (r.pick(&moving), r.one_in(3)) {
+            return self.report_of_a_move(node.id, incarnation, vm, r);
+        }
         let many = 1 + r.below(2);
         let reports = (0..many).filter_map(|_| r.pick(&held).map(|vm| vm_report(vm, r))).collect();
         self.node(node.id, NodeCommand::ReportVms { node: node.id, incarnation, reports })
+    }
+
+    fn report_of_a_move(&mut self, node: NodeId, incarnation: u64, vm: &Vm, r: &mut Reader) -> Entry {
+        let other = vm.migration.map_or(Placement { node, epoch: 0 }, |migration| migration.other);
+        if !vm.is_moving() && other.node == node {
+            let (phase, reason, retry) = (Phase::Absent, String::new(), false);
+            let report = VmReport { vm: vm.id, epoch: other.epoch, attempt: 0, phase, rebooted: 0, reason, retry };
+            return self.node(node, NodeCommand::ReportVms { node, incarnation, reports: vec![report] });
+        }
+        let outcome = match r.below(12) {
+            0 => MoveOutcome::Failed("no luck".into()),
+            1 => MoveOutcome::Arrived,
+            2 => MoveOutcome::Left,
+            _ if other.node == node => MoveOutcome::Arrived,
+            _ => MoveOutcome::Left,
+        };
+        let late = u64::from(r.one_in(15));
+        let report = MoveReport { vm: vm.id, epoch: other.epoch - late.min(other.epoch), outcome };
+        self.node(node, NodeCommand::ReportMoves { node, incarnation, reports: vec![report] })
     }
 
     fn planned(&mut self, state: &State, r: &mut Reader) -> Entry {
@@ -279,9 +303,19 @@ impl Source {
     }
 
     fn host(&mut self, state: &State, r: &mut Reader) -> Entry {
+        if r.one_in(2) {
+            let vms: Vec<VmId> = state.vms().values().filter(|vm| vm.phase.is_some()).map(|vm| vm.id).collect();
+            let nodes: Vec<NodeId> = state.nodes().iter().map(|(id, _)| *id).collect();
+            if let (Some(vm), Some(to)) = (r.pick(&vms), r.pick(&nodes)) {
+                let cancels = r.one_in(6);
+                let command = OperatorCommand::MigrateVm { vm, to };
+                return self.operator(if cancels { OperatorCommand::CancelMigration { vm } } else { command });
+            }
+        }
         let node = NodeId(1 + r.below(4) as u64);
         let token = Digest([100 + r.below(3) as u8; 32]);
-        match r.below(11) {
+        match r.below(12) {
+            11 => self.operator(OperatorCommand::DrainNode { node }),
             9 => self.operator(OperatorCommand::MaintainNode { node, maintenance: r.one_in(3) }),
             10 => self.operator(OperatorCommand::ArmRecovery { armed: !r.one_in(4) }),
             0..=2 => self.attach(node, r.below(2) as u8, 1 + r.below(3) as u64),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use model::{
     assignment::RehearsalWish,
-    command::{ImageReport, RehearsalReport, VmReport},
+    command::{ImageReport, MoveOutcome, MoveReport, RehearsalReport, VmReport},
     table::RowChange,
     *,
 };
@@ -134,7 +134,9 @@ fn reports(state: &State) -> Vec<(Actor, Command)> {
     for id in state.nodes().values().map(|node| node.id) {
         let Some(assignment) = state.assignment(id) else { continue };
         let incarnation = assignment.incarnation;
-        let vms = assignment.vms.iter().map(done).collect();
+        let vms = assignment.vms.iter().filter_map(done).collect();
+        let moves = assignment.vms.iter().filter_map(moved).collect();
+        out.push(NodeCommand::ReportMoves { node: id, incarnation, reports: moves });
         let images = assignment.images.iter().map(|wish| ImageReport { digest: wish.digest, good: true }).collect();
         let booted = |wish: &RehearsalWish| rehearsal_report(wish, Verdict::Booted);
         let reports = assignment.rehearsals.iter().map(booted).collect();
@@ -148,6 +150,7 @@ fn reports(state: &State) -> Vec<(Actor, Command)> {
         | NodeCommand::ReportImages { node, .. }
         | NodeCommand::ReportBackups { node, .. }
         | NodeCommand::ReportRehearsals { node, .. }
+        | NodeCommand::ReportMoves { node, .. }
         | NodeCommand::Summarise { node, .. }
         | NodeCommand::TakeStock { node, .. } => *node,
     };
@@ -158,14 +161,20 @@ pub fn rehearsal_report(wish: &RehearsalWish, verdict: Verdict) -> RehearsalRepo
     RehearsalReport { image: wish.image, epoch: wish.epoch, verdict, took_millis: 1000, reason: "seen".into() }
 }
 
-fn done(wish: &VmWish) -> VmReport {
+fn moved(wish: &VmWish) -> Option<MoveReport> {
+    let outcome = if wish.power == Power::Arriving { MoveOutcome::Arrived } else { MoveOutcome::Left };
+    Some(MoveReport { vm: wish.vm, epoch: wish.moves.as_ref()?.epoch, outcome })
+}
+
+fn done(wish: &VmWish) -> Option<VmReport> {
     let phase = match wish.power {
         Power::Running => Phase::Running,
         Power::Suspended => Phase::Suspended,
         Power::Stopped => Phase::Stopped,
+        Power::Arriving => return None,
         Power::Absent => Phase::Absent,
     };
-    VmReport {
+    Some(VmReport {
         vm: wish.vm,
         epoch: wish.epoch,
         attempt: wish.attempt,
@@ -173,5 +182,5 @@ fn done(wish: &VmWish) -> VmReport {
         rebooted: wish.reboots,
         reason: String::new(),
         retry: true,
-    }
+    })
 }

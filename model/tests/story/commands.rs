@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use model::{
-    command::{BackupMade, BackupReport, ImageReport, RehearsalReport, VmReport},
+    command::{BackupMade, BackupReport, ImageReport, MoveOutcome, MoveReport, RehearsalReport, VmReport},
     *,
 };
 
@@ -106,7 +106,7 @@ impl Story {
             }
             (
                 "tenant" | "quota" | "template" | "setting" | "price" | "cordon" | "remove" | "maintain" | "arm"
-                | "disarm",
+                | "disarm" | "migrate" | "cancel" | "drain" | "uncordon",
                 _,
             ) => self.operator(text, &line),
             _ => self.owner(root(), text, &line),
@@ -140,6 +140,8 @@ impl Story {
         let name = line.words.get(1).copied().unwrap_or_default().to_owned();
         let command = match line.word(0)? {
             "maintain" => OperatorCommand::MaintainNode { node: self.host(&name)?.id, maintenance: !line.has("over") },
+            "migrate" => OperatorCommand::MigrateVm { vm: self.machine(&name)?, to: self.host(line.word(3)?)?.id },
+            "cancel" => OperatorCommand::CancelMigration { vm: self.machine(&name)? },
             "arm" => OperatorCommand::ArmRecovery { armed: true },
             "disarm" => OperatorCommand::ArmRecovery { armed: false },
             "tenant" => OperatorCommand::CreateTenant { name, quota: quota(line)? },
@@ -158,6 +160,8 @@ impl Story {
                     if line.has("in") { self.now.plus_millis(millis(line.word(3)?)?) } else { Timestamp::default() };
                 OperatorCommand::SetPrice { nano_per_hour: name.parse().map_err(|_| "the price is no number")?, from }
             }
+            "drain" => OperatorCommand::DrainNode { node: self.host(&name)?.id },
+            "uncordon" => OperatorCommand::CordonNode { node: self.host(&name)?.id, cordoned: false },
             "cordon" => OperatorCommand::CordonNode { node: self.host(&name)?.id, cordoned: true },
             _ => OperatorCommand::RemoveNode { node: self.host(&name)?.id, force: line.has("force") },
         };
@@ -253,9 +257,13 @@ impl Story {
             "rehearsal" => return self.report_rehearsal(node, incarnation, line),
             _ => {}
         }
+        if line.word(2)? == "move" {
+            return self.report_move(node, incarnation, line);
+        }
         let vm = self.machine(line.word(2)?)?;
         let row = self.state.vms().get(&vm).ok_or("no such machine")?;
-        let epoch = line.number("epoch", row.placement.map_or(0, |placement| placement.epoch))?;
+        let other = row.migration.map(|migration| migration.other).filter(|other| other.node == node);
+        let epoch = line.number("epoch", other.or(row.placement).map_or(0, |placement| placement.epoch))?;
         let rebooted = line.number("rebooted", row.rebooted.into())? as u32;
         let phase = match line.word(3)? {
             "running" => Phase::Running,
@@ -315,6 +323,20 @@ impl Story {
     fn image(&self, noun: &str) -> Result<ImageId, String> {
         let (tenant, name) = self.owned(noun)?;
         Ok(self.state.image_named(tenant, name).ok_or("no such image")?.id)
+    }
+
+    /// `alpha reports move acme/web left`, `… arrived`, `… failed: no room`.
+    fn report_move(&mut self, node: NodeId, incarnation: u64, line: &Line) -> Told {
+        let vm = self.machine(line.word(3)?)?;
+        let row = self.state.vms().get(&vm).ok_or("no such machine")?;
+        let epoch = line.number("epoch", row.migration.map_or(0, |migration| migration.other.epoch))?;
+        let outcome = match line.word(4)? {
+            "left" => MoveOutcome::Left,
+            "arrived" => MoveOutcome::Arrived,
+            _ => MoveOutcome::Failed(line.reason.clone()),
+        };
+        let reports = vec![MoveReport { vm, epoch, outcome }];
+        Ok(self.said(Actor::Node(node), None, Command::Node(NodeCommand::ReportMoves { node, incarnation, reports })))
     }
 
     fn owner(&mut self, actor: Actor, text: &str, line: &Line) -> Told {

@@ -11,6 +11,7 @@ pub fn picture(state: &State) -> Picture {
     let mut picture = Picture::new();
     for node in state.nodes().values() {
         let cordoned = match (node.cordoned, node.maintenance) {
+            _ if node.draining => ", is drained",
             (true, _) => ", cordoned",
             (_, true) => ", in maintenance",
             _ => "",
@@ -54,6 +55,16 @@ fn machine(state: &State, vm: &Vm) -> String {
     if let Some(placement) = vm.placement {
         let host = state.nodes().get(&placement.node).map_or("nowhere", |node| node.name.as_str());
         line += &format!(" on {host} since epoch {}", placement.epoch);
+    }
+    if let Some(migration) = vm.migration {
+        let other = state.nodes().get(&migration.other.node).map_or("nowhere", |node| node.name.as_str());
+        line += &match migration.stage {
+            MigrationStage::Moving => format!(", moves to {other} for epoch {}", migration.other.epoch),
+            MigrationStage::GivenUp => format!(", did not move to {other}"),
+            MigrationStage::HandedOver => format!(", came from {other}"),
+        };
+        let told = [(migration.left, ", has left"), (migration.arrived, ", has arrived")];
+        line += &told.iter().filter(|(is, _)| *is && vm.is_moving()).map(|(_, what)| *what).collect::<String>();
     }
     let after = |at: Timestamp| seconds(at.millis_since(state.now()));
     if let Some(at) = vm.retry_at {

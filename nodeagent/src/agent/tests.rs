@@ -192,6 +192,7 @@ fn assignment(sources: Vec<String>) -> Assignment {
         attempt: 0,
         power: Power::Running,
         backup: None,
+        moves: None,
         recovery: model::Recovery::default(),
         stop_grace_millis: 0,
         reboots: 0,

@@ -12,6 +12,7 @@ use model::{
 use storage::images::ImageError;
 use tokio::task::spawn_blocking;
 
+use super::moving;
 use crate::{
     clock,
     host::Host,
@@ -127,8 +128,23 @@ async fn perform(
         Step::Reset { vm, .. } => hypervisor(host, move |hypervisor| hypervisor.reset(vm)).await,
         Step::Remove(vm) => hypervisor(host, move |hypervisor| hypervisor.remove(vm)).await,
         Step::Quarantine { vm, .. } => hypervisor(host, move |hypervisor| hypervisor.quarantine(vm)).await,
+        Step::PrepareMigration(vm) => moving::prepare(host, assignment, vm).await,
+        Step::Migrate { vm, .. } => {
+            let wish = assignment.vms.iter().find(|wish| wish.vm == vm);
+            let end = wish.and_then(|wish| wish.moves.as_ref());
+            let end = end.ok_or_else(|| fault(FaultKind::NotNow, "the assignment no longer moves it"))?;
+            let job = job.ok_or_else(|| mistake("a move without a job"))?;
+            let departed = moving::depart(host.clone(), end, vm, job).await;
+            host.view.end_move(vm);
+            departed
+        }
+        Step::FinishMigration { vm, run } => {
+            with_spec(host, assignment, vm, move |hypervisor, spec| hypervisor.finish_migration(spec, run)).await
+        }
+        Step::CancelMigration(vm) => hypervisor(host, move |hypervisor| hypervisor.cancel_migration(vm)).await,
         // The executor delivers these itself.
-        Step::Report(_) | Step::ReportImage(_) | Step::ReportBackup(_) | Step::ReportRehearsal(_) => Ok(()),
+        Step::Report(_) | Step::ReportMove(_) => Ok(()),
+        Step::ReportImage(_) | Step::ReportBackup(_) | Step::ReportRehearsal(_) => Ok(()),
     };
     done.map(|()| Done::Nothing)
 }
@@ -188,6 +204,9 @@ fn check_lease(host: &Host, assignment: &Assignment, step: &Step) -> Result<(), 
     | Step::Resume(vm)
     | Step::PressPower(vm)
     | Step::Reset { vm, .. }
+    | Step::Migrate { vm, .. }
+    | Step::FinishMigration { vm, .. }
+    | Step::CancelMigration(vm)
     | Step::BackUp { vm, .. }) = step
     else {
         return Ok(());
@@ -228,7 +247,7 @@ async fn hypervisor(
 }
 
 /// Blocks: the base is verified here once more, so that no guest stands on damaged bytes.
-fn spec(host: &Host, assignment: &Assignment, vm: VmId) -> Result<GuestSpec, Fault> {
+pub fn spec(host: &Host, assignment: &Assignment, vm: VmId) -> Result<GuestSpec, Fault> {
     let wish = assignment.vms.iter().find(|wish| wish.vm == vm);
     let wish = wish.ok_or_else(|| fault(FaultKind::NotNow, "the assignment no longer has it"))?;
     let base = host.images.verified(wish.image.digest).map_err(|error| fault(FaultKind::Transient, error))?;
@@ -255,7 +274,7 @@ fn spec(host: &Host, assignment: &Assignment, vm: VmId) -> Result<GuestSpec, Fau
     })
 }
 
-fn hypervisor_fault(error: HypervisorError) -> Fault {
+pub fn hypervisor_fault(error: HypervisorError) -> Fault {
     let kind = match error {
         HypervisorError::Unreachable(_) => FaultKind::NotNow,
         HypervisorError::Transient(_) => FaultKind::Transient,
@@ -264,7 +283,7 @@ fn hypervisor_fault(error: HypervisorError) -> Fault {
     fault(kind, error)
 }
 
-fn cut_short() -> Fault {
+pub fn cut_short() -> Fault {
     mistake("a panic")
 }
 
@@ -272,6 +291,6 @@ fn mistake(what: &str) -> Fault {
     fault(FaultKind::Transient, format!("the agent has a mistake in it: {what}"))
 }
 
-fn fault(kind: FaultKind, reason: impl ToString) -> Fault {
+pub fn fault(kind: FaultKind, reason: impl ToString) -> Fault {
     Fault { kind, reason: reason.to_string() }
 }

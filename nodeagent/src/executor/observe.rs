@@ -53,10 +53,12 @@ pub async fn look(host: &Arc<Host>, wanted: &[NetworkWish]) -> Result<Look, Hype
 fn found_guest(guest: &Guest) -> FoundGuest {
     let power = match guest.power {
         GuestPower::Running => FoundPower::Running,
-        // What was not handed over to this host yet, it cannot resume.
-        GuestPower::Suspended | GuestPower::Arriving | GuestPower::Arrived => FoundPower::Suspended,
+        GuestPower::Suspended => FoundPower::Suspended,
+        GuestPower::Arriving => FoundPower::Arriving,
+        GuestPower::Arrived => FoundPower::Arrived,
+        GuestPower::Off(OffReason::Moved) => FoundPower::Moved,
         GuestPower::Off(OffReason::ByGuest) => FoundPower::OffByGuest,
-        GuestPower::Off(OffReason::ByAgent | OffReason::Moved) => FoundPower::OffByAgent,
+        GuestPower::Off(OffReason::ByAgent) => FoundPower::OffByAgent,
         GuestPower::Off(OffReason::Crashed | OffReason::Unknown) => FoundPower::Crashed,
     };
     FoundGuest { epoch: guest.epoch, power }
@@ -94,13 +96,15 @@ pub fn machines(assignment: Option<&Assignment>, found: &Observed) -> Vec<Machin
     for (vm, guest) in &found.guests {
         let phase = match guest.power {
             FoundPower::Running => Phase::Running,
-            FoundPower::Suspended => Phase::Suspended,
-            FoundPower::OffByGuest | FoundPower::OffByAgent | FoundPower::Crashed => Phase::Stopped,
+            FoundPower::Suspended | FoundPower::Arriving | FoundPower::Arrived => Phase::Suspended,
+            FoundPower::OffByGuest | FoundPower::OffByAgent | FoundPower::Crashed | FoundPower::Moved => Phase::Stopped,
         };
-        machines.insert(*vm, Machine { vm: *vm, epoch: guest.epoch, phase, stage: None });
+        let stage = found.leaving.contains(vm).then_some(Stage::Move(*vm));
+        machines.insert(*vm, Machine { vm: *vm, epoch: guest.epoch, phase, stage });
     }
     for wish in assignment.into_iter().flat_map(|assignment| &assignment.vms) {
-        if found.guests.contains_key(&wish.vm) || matches!(wish.power, Power::Stopped | Power::Absent) {
+        if found.guests.contains_key(&wish.vm) || matches!(wish.power, Power::Stopped | Power::Absent | Power::Arriving)
+        {
             continue;
         }
         let told = found.told.get(&wish.vm).map(|told| told.report.phase);

@@ -35,6 +35,7 @@ use moody::{Mood, Moody};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 const BASE: &[u8] = b"a base image";
+const MAC: Mac = Mac([2, 84, 0, 0, 0, 1]);
 
 /// A host with an executor, and everything that it reported.
 struct World {
@@ -217,6 +218,7 @@ fn vm(epoch: u64, power: Power) -> VmWish {
         attempt: 0,
         power,
         backup: None,
+        moves: None,
         recovery: model::Recovery::default(),
         stop_grace_millis: 300,
         reboots: 0,
@@ -230,12 +232,7 @@ fn vm(epoch: u64, power: Power) -> VmWish {
             virtual_bytes: size_bytes,
             sources: vec![],
         },
-        nics: vec![NicWish {
-            network: NetworkId(1),
-            vni: 100,
-            mac: Mac([2, 84, 0, 0, 0, 1]),
-            ip: Ipv4Addr::new(10, 0, 0, 2),
-        }],
+        nics: vec![NicWish { network: NetworkId(1), vni: 100, mac: MAC, ip: [10, 0, 0, 2].into() }],
         ssh_keys: vec![],
         user_data: String::new(),
     }

@@ -50,7 +50,7 @@ impl Job {
     }
 
     /// Why it must end now, if it must.
-    pub(super) fn must_end(&self) -> Option<&'static str> {
+    pub(crate) fn must_end(&self) -> Option<&'static str> {
         if self.cancelled.load(Ordering::Relaxed) {
             Some("it was cancelled")
         } else if Instant::now() >= self.deadline {

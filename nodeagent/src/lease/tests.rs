@@ -19,6 +19,7 @@ fn exclusive(vm: u64, epoch: u64) -> VmWish {
         attempt: 0,
         power: Power::Running,
         backup: None,
+        moves: None,
         recovery: Recovery::Exclusive,
         stop_grace_millis: 0,
         reboots: 0,

@@ -27,7 +27,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, transport::Channel};
 
-use super::{CHUNKS_UNDER_WAY, collect, deliver};
+use super::{Arrivals, CHUNKS_UNDER_WAY, collect, deliver};
 use crate::hypervisor::migration::{Destination, Route};
 
 /// The destination answers from memory.
@@ -51,12 +51,12 @@ pub struct Departure {
 }
 
 impl Departure {
-    /// Asks the agent at `address` what it has prepared, and opens the sockets in `dir`.
+    /// Asks the agent at `address` what it has prepared, and opens the sockets. `own`: whether guests move through any.
     ///
     /// # Errors
     /// When the other agent cannot be reached or does not expect the guest, or a socket cannot be made.
     pub async fn open(
-        dir: &Path,
+        own: &Arrivals,
         identity: &Identity,
         address: &str,
         vm: VmId,
@@ -71,11 +71,14 @@ impl Departure {
             Err(_) => return Err(DepartureError::Destination("no answer in time".into())),
         };
         let destination = destination(told, epoch)?;
+        let dir = own.dir();
+        let (route, mut doors) = (Route::new(dir, vm), JoinSet::new());
+        if !own.have_sockets() {
+            return Ok(Self { route, destination, _doors: doors });
+        }
         // Who can open these sockets has the guest. Where QEMU runs as a user of its own, the folder is made for it
         // beforehand.
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(socket_error(dir))?;
-        let route = Route::new(dir, vm);
-        let mut doors = JoinSet::new();
         for (path, which) in [
             (&route.control, RelayChannel::Control),
             (&route.memory, RelayChannel::Memory),

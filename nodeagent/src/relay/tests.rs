@@ -27,7 +27,9 @@ fn the_door_is_open_to_the_source_of_an_expected_guest_alone() {
     ] {
         assert_eq!(find(vm, epoch, peer), Err(code.to_owned()), "{vm} {epoch} {peer:?}");
     }
-    arrivals.forget(VmId(1));
+    arrivals.retain(&[(VmId(1), 7)].into());
+    assert_eq!(arrivals.epochs(), [(VmId(1), 7)].into());
+    arrivals.retain(&[(VmId(1), 8)].into());
     let closed = arrivals.find("vm-1", 7, Some("node-3".into())).unwrap_err();
     assert_eq!(ApiError::from(closed).code, "not-found");
     assert!(arrivals.socket(VmId(1), RelayChannel::Control).is_err(), "no libvirtd here");

@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::{
     cloud::{Cloud, finish, until},
     guest::{BOOT, Guest, Tenant},
-    quorum, recovery,
+    moving, quorum, recovery,
     teller::Teller,
 };
 
@@ -58,6 +58,11 @@ pub fn all(cloud: &Cloud, teller: &mut Teller) -> Result<()> {
     teller.step("suspend: it stands still", || suspend(cloud, &guests[0]))?;
     teller.step("resume: it goes on where it was", || resume(cloud, &guests[0]))?;
     teller.step("reboot: the same disk boots again", || reboot(cloud, &guests[1]))?;
+    teller.step("live migration: it goes on on another host", || {
+        let (moved, said) = moving::live(cloud, &guests[0], &guests[2].node)?;
+        guests[0] = moved;
+        Ok(said)
+    })?;
     teller.step("delete: nothing of it is left", || delete(cloud, &guests[2]))?;
     teller.step("a host loses power: its machine goes on elsewhere, from its backup", || {
         recovery::power_cut(cloud, &guests[1])

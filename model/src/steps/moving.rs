@@ -1,0 +1,96 @@
+//! Both ends of a move between hosts. The guest runs on one side at any instant: what has left does not run here again
+//! unless the move is given up, and what has arrived does not run here before it was handed over.
+//!
+//! ```text
+//!  source:       running ── migrate, once ──► moved ── told ──►   given up: cancel, and it goes on or boots
+//!  destination:  nothing ── prepare ──► arriving ──► arrived ── told ──►   handed over: finish; given up: remove
+//! ```
+//! A move is tried once: what a first try wrote into the disk over there would stay in it. Another is another move, under
+//! another placement. Deliberately not here: when a guest moves, and who has it.
+
+use super::{FoundPower, Memory, Next, Observed, Step, Subject, next};
+use crate::{
+    MoveEnd, Phase, Power, VmWish,
+    command::{MoveOutcome, MoveReport},
+};
+
+/// Whether a move has to be brought to its end before anything that its owner wants of a guest can be done.
+pub(super) fn comes_first(wish: &VmWish, power: FoundPower, memory: Memory) -> bool {
+    let midway = matches!(power, FoundPower::Arriving | FoundPower::Arrived | FoundPower::Moved);
+    midway || (memory.leaving.is_some() && memory.leaving != end(wish))
+}
+
+pub(super) fn settle(wish: &VmWish, power: FoundPower, memory: Memory) -> Next {
+    match power {
+        FoundPower::Arriving => Next::Wait,
+        FoundPower::Arrived => Next::Do(Step::FinishMigration { vm: wish.vm, run: wish.power == Power::Running }),
+        FoundPower::Moved if memory.leaving.is_some() && memory.leaving == end(wish) => Next::Wait,
+        _ => Next::Do(Step::CancelMigration(wish.vm)),
+    }
+}
+
+fn end(wish: &VmWish) -> Option<u64> {
+    wish.moves.as_ref().map(|end| end.epoch)
+}
+
+/// The source's side: once the guest is as its owner wants it, it goes.
+pub(super) fn departure(generation: u64, wish: &VmWish, found: &Observed, out: &mut Vec<Step>) {
+    let Some(end) = wish.moves.as_ref().filter(|_| wish.power != Power::Arriving) else { return };
+    let Some(guest) = found.guest(wish).filter(|guest| guest.epoch == wish.epoch) else { return };
+    let tried = found.memory(wish).leaving == Some(end.epoch);
+    if tried && guest.power == FoundPower::Moved {
+        return tell(wish, end, found, MoveOutcome::Left, out);
+    }
+    if found.leaving.contains(&wish.vm) {
+        return;
+    }
+    if tried {
+        let known = found.moves_failed.get(&wish.vm).filter(|(epoch, _)| *epoch == end.epoch);
+        let reason = known.map_or("its agent began anew while it moved", |(_, reason)| reason);
+        return tell(wish, end, found, MoveOutcome::Failed(reason.into()), out);
+    }
+    let as_wished = matches!(next(wish, found), Next::Rest { phase: Phase::Running | Phase::Suspended, .. });
+    if as_wished && found.may_try(Subject::Vm(wish.vm), generation) {
+        out.push(Step::Migrate { vm: wish.vm, epoch: end.epoch });
+    }
+}
+
+/// The destination's side, until the hand-over.
+pub(super) fn arrival(generation: u64, wish: &VmWish, found: &Observed, out: &mut Vec<Step>) {
+    let Some(end) = &wish.moves else { return };
+    let subject = Subject::Vm(wish.vm);
+    match found.guest(wish) {
+        Some(guest) if guest.epoch > wish.epoch => {}
+        Some(guest) if guest.epoch < wish.epoch => {
+            if found.may_try(subject, generation) {
+                out.push(Step::Quarantine { vm: wish.vm, epoch: guest.epoch });
+            }
+        }
+        Some(guest) => match guest.power {
+            FoundPower::Arrived => tell(wish, end, found, MoveOutcome::Arrived, out),
+            FoundPower::Arriving => {}
+            _ => {
+                let reason = "what had come went down before it was handed over";
+                tell(wish, end, found, MoveOutcome::Failed(reason.into()), out);
+            }
+        },
+        None => {
+            if let Some(failure) = found.failure(wish) {
+                return tell(wish, end, found, MoveOutcome::Failed(failure.reason.clone()), out);
+            }
+            let plugged = wish.nics.iter().all(|nic| found.networks.get(&nic.vni) == Some(&true));
+            let ready = plugged && found.images.contains_key(&wish.image.digest);
+            let expected = found.expected.get(&wish.vm) == Some(&wish.epoch);
+            if ready && !expected && found.may_try(subject, generation) {
+                out.push(Step::PrepareMigration(wish.vm));
+            }
+        }
+    }
+}
+
+fn tell(wish: &VmWish, end: &MoveEnd, found: &Observed, outcome: MoveOutcome, out: &mut Vec<Step>) {
+    let report = MoveReport { vm: wish.vm, epoch: end.epoch, outcome };
+    if found.told_moves.get(&wish.vm) != Some(&report) {
+        out.push(Step::ReportMove(report));
+    }
+}
