@@ -14,7 +14,9 @@
 
 use std::{
     collections::BTreeMap,
+    fs::DirBuilder,
     io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     pin::Pin,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -99,6 +101,15 @@ impl Arrivals {
     /// Without libvirtd guests do not move through sockets.
     pub fn have_sockets(&self) -> bool {
         self.control.is_some()
+    }
+
+    /// Closed to other users: who can open these sockets has the guest. Where QEMU runs as a user of its own, the folder
+    /// is made for it beforehand.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn make_dir(&self) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)
     }
 
     pub fn dir(&self) -> &Path {

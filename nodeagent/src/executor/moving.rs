@@ -39,6 +39,7 @@ pub async fn prepare(host: Arc<Host>, assignment: Arc<Assignment>, vm: VmId) -> 
     let source = source.ok_or_else(|| fault(FaultKind::NotNow, "the assignment no longer has it"))?;
     let prepared = spawn_blocking(move || {
         let spec = spec(&host, &assignment, vm)?;
+        host.arrivals.make_dir().map_err(|error| fault(FaultKind::Transient, error))?;
         let destination = host.hypervisor.prepare_migration(&spec).map_err(hypervisor_fault)?;
         host.arrivals.expect(vm, Arrival { source, destination });
         Ok(())

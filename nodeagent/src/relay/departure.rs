@@ -1,9 +1,7 @@
 //! The source's side: three sockets, and for each connection to one of them a call to the destination's agent.
 
 use std::{
-    fs::{self, DirBuilder},
-    io,
-    os::unix::fs::DirBuilderExt,
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -76,9 +74,7 @@ impl Departure {
         if !own.have_sockets() {
             return Ok(Self { route, destination, _doors: doors });
         }
-        // Who can open these sockets has the guest. Where QEMU runs as a user of its own, the folder is made for it
-        // beforehand.
-        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(socket_error(dir))?;
+        own.make_dir().map_err(socket_error(dir))?;
         for (path, which) in [
             (&route.control, RelayChannel::Control),
             (&route.memory, RelayChannel::Memory),
