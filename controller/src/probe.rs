@@ -70,7 +70,7 @@ pub(crate) fn is_suspect(ears: &Telemetry, node: &Node) -> bool {
 
 /// Runs until the process ends.
 pub(crate) async fn look(core: Arc<Core>) {
-    let name = format!("controller-{}", core.replica.id());
+    let name = core.replica.id().to_string();
     loop {
         let heard = core.hear(|ears| ears.clone());
         let suspects = core.replica.read(|state| suspects(state, &heard));

@@ -183,6 +183,14 @@ fn rehearsal(image: &Image) -> String {
     }
 }
 
+/// The same for a row: by what it was seen stands in `vm show`, and in JSON.
+fn in_short(image: &Image) -> String {
+    match &image.rehearsed {
+        Some(last) if image.rehearsal.is_none() => format!("{} at {}", last.verdict, moment_text(last.at_millis)),
+        _ => rehearsal(image),
+    }
+}
+
 /// `ok at 2026-11-22 21:00:00 after 12s: its guest agent answered`.
 pub(super) fn outcome(last: &Rehearsed) -> String {
     let took =
@@ -220,7 +228,7 @@ fn table(images: &[Image]) -> Rows {
             size_text(image.size_bytes),
             format!("{}/{}", image.replicas.len(), image.wanted_replicas),
             image.replicas.join(" "),
-            rehearsal(image),
+            in_short(image),
         ]
     };
     let header = &["BACKUP", "OF", "TAKEN AT", "CONSISTENCY", ">SIZE", ">COPIES", "NODES", "REHEARSED"];
