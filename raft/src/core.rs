@@ -53,6 +53,9 @@ pub struct Core {
 /// How often a caller looks again for a leader that it could not reach: a fraction of an election.
 const PAUSE: Duration = Duration::from_millis(25);
 
+/// A machine with too much to do may not run a process for so long.
+const BUSY: Duration = Duration::from_millis(500);
+
 /// A leader that handed over still answers what it had taken; one that died does not.
 const DEPOSED_GRACE: Duration = Duration::from_millis(250);
 
@@ -113,9 +116,10 @@ impl Core {
         drop(tokio::time::timeout(PAUSE, changed).await);
     }
 
-    /// As the leader: whether a majority answered within the last elections' time. A leader that has just begun has it.
+    /// As the leader: whether a majority answered lately. A leader that has just begun has it. Shorter silence is the
+    /// proposer's to wait out: openraft refuses for as long, and takes proposals again by itself.
     pub fn has_quorum(&self) -> bool {
-        let lately = Duration::from_millis(2 * self.timing.election_max_millis);
+        let lately = Duration::from_millis(2 * self.timing.election_max_millis) + BUSY;
         let acknowledged = self.raft.metrics().borrow_watched().last_quorum_acked;
         self.voters().len() == 1 || acknowledged.is_none_or(|at| at.elapsed() <= lately)
     }
