@@ -233,13 +233,15 @@ impl Session {
         let looked = tokio::task::spawn_blocking(move || hypervisor.guests()).await.ok()?;
         let guests =
             looked.inspect_err(|error| tracing::warn!(%error, "the guests of this host cannot be told")).ok()?;
-        let phase = |power| Some(match power {
-            GuestPower::Running => Phase::Running,
-            GuestPower::Suspended => Phase::Suspended,
-            GuestPower::Off(_) => Phase::Stopped,
-            // Not handed over to this host, as far as it knows: where it comes from, it is held.
-            GuestPower::Arriving | GuestPower::Arrived => return None,
-        });
+        let phase = |power| {
+            Some(match power {
+                GuestPower::Running => Phase::Running,
+                GuestPower::Suspended => Phase::Suspended,
+                GuestPower::Off(_) => Phase::Stopped,
+                // Not handed over to this host, as far as it knows: where it comes from, it is held.
+                GuestPower::Arriving | GuestPower::Arrived => return None,
+            })
+        };
         let held = |guest: Guest| Some((guest.vm, Held { epoch: guest.epoch, phase: phase(guest.power)? }));
         Some(FromAgent::Stock(guests.into_iter().filter_map(held).collect()))
     }

@@ -53,6 +53,7 @@ mod tests {
             networks: vec![],
             images: vec![],
             rehearsals: vec![rehearsal],
+            spared: None,
         };
         let mut found = Observed { now_millis: 10 * super::super::IMAGE_IDLE_MILLIS, ..Observed::default() };
         assert_eq!(steps(&wish, &found), [Step::FetchImage(base)]);

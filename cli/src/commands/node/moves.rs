@@ -140,7 +140,7 @@ mod tests {
             gain_permille: 125,
             ..Suggestion::default()
         };
-        assert!(suggestions(&[suggestion.clone()], true).contains("12.5%"));
+        assert!(suggestions(std::slice::from_ref(&suggestion), true).contains("12.5%"));
         assert!(suggestions(&[suggestion], false).contains("asked for"));
         assert!(suggestions(&[], true).starts_with("no move"));
     }
