@@ -141,8 +141,8 @@ pub struct Suggestion {
 /// The best moves first, each judged as if those before it had been made. By what is promised, not by what is used just
 /// now: that changes from one moment to the next, and a copy takes minutes.
 pub fn rebalance(state: &State) -> Vec<Suggestion> {
-    let mut held: BTreeMap<NodeId, Capacity> =
-        state.nodes().values().filter(|node| takes_part(node)).map(|node| (node.id, state.reserved(node.id))).collect();
+    let taking_part = state.nodes().values().filter(|node| takes_part(node));
+    let mut held: BTreeMap<NodeId, Capacity> = taking_part.map(|node| (node.id, will_hold(state, node.id))).collect();
     let mut suggested: Vec<Suggestion> = Vec::new();
     while suggested.len() < MOST_SUGGESTED {
         let Some((next, size)) = best_relief(state, &held, &suggested) else { break };
@@ -151,6 +151,13 @@ pub fn rebalance(state: &State) -> Vec<Suggestion> {
         suggested.push(next);
     }
     suggested
+}
+
+/// What it is promised when all that moves has moved: otherwise the same relief would be sought twice.
+fn will_hold(state: &State, node: NodeId) -> Capacity {
+    let leaving = state.vms_on_node(node).filter(|vm| vm.is_moving());
+    let left = state.others_on_node(node).filter(|vm| !vm.is_moving());
+    leaving.chain(left).fold(state.reserved(node), |sum, vm| sum.minus(vm.size))
 }
 
 fn takes_part(node: &Node) -> bool {

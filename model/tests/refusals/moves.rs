@@ -124,3 +124,36 @@ fn only_what_can_be_moved_is() {
     cloud.done(Command::Tenant(TenantCommand::SetVmPower { vm, wanted, stop_grace_millis }));
     assert!(is_stale(&cloud.apply(migrate(TO))), "it is being stopped");
 }
+
+#[test]
+fn what_is_uneven_is_evened_out_once_and_then_left_alone() {
+    let mut cloud = Cloud::new();
+    for name in ["two", "three"] {
+        cloud.done(Command::Tenant(TenantCommand::CreateVm {
+            tenant: TenantId(1),
+            name: name.into(),
+            image: ImageId(1),
+            template: "tiny".into(),
+            network: NetworkId(1),
+            ssh_keys: Vec::new(),
+            user_data: String::new(),
+            recovery: Recovery::default(),
+            priority: 0,
+        }));
+        let vm = cloud.state.vms().iter().last().map(|(id, _)| *id).unwrap();
+        cloud.done(Command::Planner(PlannerCommand::PlaceVm { vm, node: NODE }));
+        let (epoch, phase, reason) = (cloud.index, Phase::Running, String::new());
+        let report = VmReport { vm, epoch, attempt: 0, phase, rebooted: 0, reason, retry: false };
+        cloud.done(Command::Node(NodeCommand::ReportVms { node: NODE, incarnation: 1, reports: vec![report] }));
+    }
+    let moves = plan::moves::rebalance(&cloud.state);
+    let [next] = moves[..] else { panic!("{moves:?}") };
+    assert_eq!((next.vm, next.from, next.to), (VM, NODE, TO));
+    cloud.done(migrate(TO));
+    assert_eq!(plan::moves::rebalance(&cloud.state), [], "what is on its way counts as if it were there");
+    let epoch = cloud.index;
+    cloud.report_move(NODE, epoch, MoveOutcome::Left);
+    cloud.report_move(TO, epoch, MoveOutcome::Arrived);
+    assert_eq!(cloud.host(), TO);
+    assert_eq!(plan::moves::rebalance(&cloud.state), []);
+}
