@@ -39,7 +39,7 @@ const ANY: &str = "a cloud of `trefoil up`; a live one by tag";
 
 pub const CLOCK: &str = "the kernel has one wall clock for all controllers and hosts of one machine, so it cannot be \
                          stepped for one of them; leases do not look at it (ADR 0014)";
-pub const MAJORITY: &str = "this version has no `quorum recover`, so a lost majority could not be healed";
+pub const MAJORITY: &str = "no drill heals it yet; by hand `trefoil quorum recover` does";
 
 impl Kind {
     /// As it is typed.
