@@ -104,7 +104,9 @@ impl State {
         let keepers = replicas.filter(|(_, state)| **state == ReplicaState::Wanted).map(|(node, _)| *node);
         let machines = self.index.vms_by_image.get(&id).into_iter().flatten().filter_map(|vm| self.vms.get(vm));
         let makers = machines.filter(|vm| !vm.existed).filter_map(|vm| vm.placement).map(|placement| placement.node);
-        let nodes: BTreeSet<NodeId> = keepers.chain(makers).collect();
+        let rehearsal = self.images.get(&id).and_then(|image| image.rehearsal.as_ref()?.placement);
+        let rehearsing = rehearsal.map(|placement| placement.node);
+        let nodes: BTreeSet<NodeId> = keepers.chain(makers).chain(rehearsing).collect();
         nodes.into_iter().for_each(|node| self.renumber_node(node));
     }
 
