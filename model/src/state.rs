@@ -100,10 +100,6 @@ impl State {
     pub fn quorum(&self) -> &Quorum {
         self.quorum.get(&0).unwrap_or(&Quorum::FIRST)
     }
-    /// Whether this host has to say what it holds before it is told what it should be.
-    pub fn awaits(&self, node: NodeId) -> bool {
-        self.quorum().refounding.as_ref().is_some_and(|open| open.awaited.contains(&node))
-    }
     pub fn now(&self) -> Timestamp {
         self.cluster().now
     }

@@ -35,6 +35,11 @@ impl State {
         ControllerId(rounded_up(self.cluster().last_controller, CONTROLLERS_ROUNDED_TO) + 1)
     }
 
+    /// Whether this host has to say what it holds before it is told what it should be.
+    pub fn awaits(&self, node: NodeId) -> bool {
+        self.quorum().refounding.as_ref().is_some_and(|open| open.awaited.contains(&node))
+    }
+
     pub(super) fn raise_level(&mut self, to: u32) -> Applied {
         let now = self.quorum().level;
         if to < now {

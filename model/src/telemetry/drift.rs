@@ -18,19 +18,20 @@ use crate::lease::DRIFT_PPM;
 
 /// Beats of this time give one point: some twenty, of which the quickest counts.
 const WINDOW_NANOS: u64 = 10_000_000_000;
+/// Half of them. With fewer, the host or its network stood still meanwhile, and all that came may have come late.
+const ENOUGH_BEATS: u32 = 10;
 /// The quickest beat of a window takes no longer. A network or a host on which it does holds no lease either.
 const DELAY_NANOS: i64 = 500_000_000;
 /// Points are compared with one from at most this long ago, and at least half of that once it has passed: long enough
 /// for `DELAY_NANOS` to be half of what the bound allows, and soon enough to forget a clock that was mended.
 const BASE_NANOS: u64 = 1_000_000_000_000;
-/// A time so much earlier than the last one is of another boot; less is a datagram that was overtaken.
-const OVERTAKEN_NANOS: u64 = 60_000_000_000;
 
 const MILLION: i128 = 1_000_000;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Drift {
-    last_sent: u64,
+    /// When a beat was last heard.
+    heard: u64,
     window: Option<Window>,
     /// The points that others are compared with: the older one, and the one that follows it.
     anchors: [Option<Point>; 2],
@@ -41,6 +42,7 @@ pub struct Drift {
 struct Window {
     since: u64,
     best: Point,
+    beats: u32,
 }
 
 /// The host's clock less ours, less the delay, at a time on ours.
@@ -72,21 +74,25 @@ pub enum Fitness {
 impl Drift {
     /// A beat that was sent at `sent` on the host's clock was heard at `at` on ours; both in nanoseconds.
     pub fn note(&mut self, at: u64, sent: u64) {
-        if sent.saturating_add(OVERTAKEN_NANOS) < self.last_sent {
+        // The host's clock counts from its boot: one that is younger than the silence before this beat was booted in it.
+        if sent < at.saturating_sub(self.heard).saturating_add(DELAY_NANOS.unsigned_abs()) {
             *self = Self::default();
         }
-        self.last_sent = self.last_sent.max(sent);
+        self.heard = at;
         let offset = i128::from(sent) - i128::from(at);
         let point = Point { at, offset: i64::try_from(offset).unwrap_or(if offset < 0 { i64::MIN } else { i64::MAX }) };
         match &mut self.window {
             Some(window) if at < window.since.saturating_add(WINDOW_NANOS) => {
+                window.beats += 1;
                 if point.offset > window.best.offset {
                     window.best = point;
                 }
             }
             window => {
-                let ended = window.replace(Window { since: at, best: point });
-                ended.into_iter().for_each(|window| self.conclude(window.best));
+                let ended = window.replace(Window { since: at, best: point, beats: 1 });
+                if let Some(window) = ended.filter(|window| window.beats >= ENOUGH_BEATS) {
+                    self.conclude(window.best);
+                }
             }
         }
     }
@@ -235,11 +241,21 @@ mod tests {
             drift.note(7 * SECOND + sent + MILLI, 9_000 * SECOND + sent + ahead);
         }
         assert_eq!(drift.fitness(), Fitness::Fit, "{:?}", drift.rate());
-        drift.note(8_000 * SECOND, 30 * SECOND);
+        drift.note(1_908 * SECOND, 10_000 * SECOND);
+        assert_eq!(drift.fitness(), Fitness::Fit, "a datagram was overtaken");
+        drift.note(1_950 * SECOND, 30 * SECOND);
         assert_eq!((drift.rate(), drift.fitness()), (None, Fitness::Open), "the host was booted");
-        let before = drift.clone();
-        drift.note(8_000 * SECOND, 29 * SECOND);
-        assert_eq!(drift.last_sent, before.last_sent, "a datagram was overtaken");
+    }
+
+    #[test]
+    fn a_host_that_is_booted_again_soon_after_a_boot_has_no_drifting_clock() {
+        let mut drift = Drift::default();
+        for (booted, beats) in [(100, 40), (145, 60), (1_000, 60)] {
+            for beat in 8..beats {
+                drift.note((booted + beat) * SECOND, beat * SECOND);
+                assert_ne!(drift.fitness(), Fitness::Unfit, "booted at {booted}, {beat} s ago: {:?}", drift.rate());
+            }
+        }
     }
 
     #[test]
