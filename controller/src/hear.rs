@@ -93,7 +93,7 @@ impl Ears {
             if let Some(vms) = vms {
                 heard.vms = vms;
             }
-            ears.compare_clocks(beat.node, beat.boottime_nanos);
+            ears.compare_clocks(beat.node, beat.incarnation, beat.boottime_nanos);
             ears.believe(beat.node, beat.incarnation, beat.unanswered_millis, leader && standing)
         })
     }

@@ -76,10 +76,17 @@ impl Telemetry {
         Some(grant)
     }
 
-    /// A beat of `node` was heard that it sent at `sent` on its own CLOCK_BOOTTIME: its clock is compared with ours.
-    pub fn compare_clocks(&mut self, node: NodeId, sent: u64) {
+    /// A beat of `node` was heard that it sent at `sent` on its own CLOCK_BOOTTIME: its clock is compared with ours. Beats
+    /// of an earlier incarnation may be of an earlier boot and come late; with a new one the measurement begins anew.
+    pub fn compare_clocks(&mut self, node: NodeId, incarnation: u64, sent: u64) {
         let clock = self.clock;
-        self.nodes.entry(node).or_default().drift.note(clock, sent);
+        let heard = self.nodes.entry(node).or_default();
+        if incarnation > heard.incarnation {
+            heard.drift = Drift::default();
+        }
+        if incarnation >= heard.incarnation {
+            heard.drift.note(clock, sent);
+        }
     }
 
     /// A session of the node opens here: its silence is counted from now.

@@ -372,7 +372,7 @@ impl Controller {
             let standing = leader && self.state.has_standing(beat.node, beat.incarnation);
             grant = self.hear(now, |ears| {
                 ears.nodes.entry(beat.node).or_default().status = beat.status.clone();
-                ears.compare_clocks(beat.node, beat.boottime_nanos);
+                ears.compare_clocks(beat.node, beat.incarnation, beat.boottime_nanos);
                 ears.believe(beat.node, beat.incarnation, beat.unanswered_millis, standing)
             });
         }

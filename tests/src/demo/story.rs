@@ -294,6 +294,7 @@ fn bill(cloud: &Cloud, tenant: &str) -> Result<String> {
         ensure!(times.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{resource} is paid for twice at a time");
     }
     let suspended = lines.iter().filter(|line| line["status"] == "suspended").count();
-    ensure!(suspended == 1, "{suspended} lines for a suspended machine instead of 1");
+    // Once by hand, and once while it was handed over, if that took a millisecond.
+    ensure!((1..=2).contains(&suspended), "{suspended} lines for a suspended machine instead of 1 or 2");
     cloud.run(&["bill", "show", "--tenant", tenant])
 }
