@@ -62,6 +62,8 @@ impl State {
         } else {
             vm.reason = format!("it waits for its host {}, which was lost", node.name);
             vm.phase = Some(Phase::Lost);
+            // What its host failed at before is to be tried again when it is back: nothing else would ask for that.
+            vm.tries += 1;
         }
         self.meter_vm(m.now, &vm);
         self.put_vm(vm);
