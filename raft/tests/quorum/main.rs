@@ -56,7 +56,7 @@ async fn a_leader_whose_process_ended_is_succeeded_before_its_lease_is_over() {
         Timing { heartbeat_millis: 150, election_min_millis, election_max_millis: election_min_millis + 5_000 };
     let mut quorum = Quorum::of_three_with(timing).await;
     // On a busy machine the two that are left may take each other's vote; then the timers decide.
-    for round in 0..5 {
+    for round in 0..10 {
         let old = quorum.leader().await;
         quorum.create_tenants(old, 40 * round..40 * round + 20).await;
         let killed = Instant::now();
