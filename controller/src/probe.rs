@@ -72,8 +72,7 @@ pub(crate) fn is_suspect(ears: &Telemetry, node: &Node) -> bool {
 pub(crate) async fn look(core: Arc<Core>) {
     let name = core.replica.id().to_string();
     loop {
-        let heard = core.hear(|ears| ears.clone());
-        let suspects = core.replica.read(|state| suspects(state, &heard));
+        let suspects = core.replica.read(|state| core.hear(|ears| suspects(state, ears)));
         core.probes.all().retain(|node, _| suspects.iter().any(|suspect| suspect.node == *node));
         join_all(suspects.iter().map(|suspect| probe(&core, &name, suspect))).await;
         sleep(PERIOD).await;
