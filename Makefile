@@ -12,12 +12,13 @@ export ROCKSDB_STATIC := 1
 endif
 CARGO_FLAGS := --release --locked --workspace
 
-.PHONY: help deps build demo test simulate sabotage bench recovery jepsen fmt
+.PHONY: help deps build demo test simulate scale sabotage bench recovery jepsen fmt
 
 help:
 	@echo 'make demo     a whole cloud on this machine, told step by step, verified and removed again (root)'
 	@echo 'make test     every check and test; ends with a line of counts'
 	@echo 'make simulate  a cloud from each of SEEDS seeds, under faults, beginning with FROM; or the story of one SEED'
+	@echo 'make scale    what a machine costs the quorum as the cloud grows, up to a million of them; MACHINES=1000,10000 for less'
 	@echo 'make sabotage  breaks the product in one place after another: does a test notice? (ONLY=part of a name)'
 	@echo 'make bench    writes, reads and failover beside etcd, machines beside plain libvirt; a table and a JSON file'
 	@echo 'make recovery  cuts the power of real hosts in namespaces TIMES times (20), and measures (root)'
@@ -48,6 +49,10 @@ test:
 simulate:
 	cargo build --release --locked --workspace --bin simulate
 	@$(CARGO_TARGET_DIR)/release/simulate $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FROM),--from $(FROM)) $(if $(SEED),--seed $(SEED))
+
+scale:
+	cargo build --release --locked --workspace --bin scale
+	@$(CARGO_TARGET_DIR)/release/scale $(if $(MACHINES),--machines $(MACHINES))
 
 sabotage:
 	cargo build --release --locked --workspace --bin sabotage

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use futures::future::join_all;
 use model::{Command, PlannerCommand, Telemetry, plan};
 use raft::ProposeError;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     core::{Core, boottime, now},
@@ -18,6 +18,9 @@ const TICK: Duration = Duration::from_millis(500);
 const CONFIRM: Duration = Duration::from_millis(200);
 /// A busy log wakes the loop with every batch; one round in this time is enough.
 const BREATH: Duration = Duration::from_millis(10);
+
+/// Nodes are watched this often, also when a busy log wakes the loop more often: what is watched for takes seconds.
+const WATCH: Duration = Duration::from_millis(100);
 
 /// Runs until the process ends; works only while this controller leads.
 pub(crate) async fn lead(core: Arc<Core>) {
@@ -55,10 +58,19 @@ async fn confirm(core: &Core) {
 
 async fn plan_on(core: &Core, term: u64) {
     let mut applied = core.replica.watch_applied();
+    let mut watched = Instant::now() - WATCH;
     loop {
         applied.borrow_and_update();
-        let heard = core.hear(|ears| ears.clone());
-        let commands = core.replica.read(|state| plan::plan(state, &heard, now()));
+        let watch = watched.elapsed() >= WATCH;
+        if watch {
+            watched = Instant::now();
+        }
+        let commands = core.replica.read(|state| {
+            core.hear(|ears| match watch {
+                true => plan::plan(state, ears, now()),
+                false => plan::work(state, ears, now()),
+            })
+        });
         let proposed = join_all(commands.into_iter().map(|command| propose(core, term, command))).await;
         if proposed.iter().any(|done| !done) {
             sleep(TICK).await;

@@ -38,4 +38,4 @@ pub use id::{ControllerId, ImageId, NetworkId, NodeId, RequestId, TenantId, VmId
 pub use noun::*;
 pub use state::State;
 pub use telemetry::{Heard, Telemetry};
-pub use value::{Capacity, Cidr, Digest, Mac, Timestamp};
+pub use value::{Capacity, Cidr, Digest, Mac, Overcommit, Timestamp};

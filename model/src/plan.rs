@@ -6,19 +6,23 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    Capacity, Command, ImageId, Node, NodeId, NodeState, PlannerCommand, ReplicaState, State, Telemetry, Timestamp, Vm,
-    setting, telemetry::Fitness,
+    Capacity, Command, ImageId, Node, NodeId, NodeState, PlannerCommand, Recovery, ReplicaState, State, Telemetry,
+    Timestamp, Vm, setting, telemetry::Fitness,
 };
 
+mod idlest;
 pub mod moves;
 mod rehearsal;
+
+use idlest::Idlest;
 
 /// What one planner proposes at once: enough to keep the log busy, few enough to re-plan on fresh facts soon.
 const BATCH: usize = 256;
 
-/// Nodes whose load differs by less than this, a weight, count as equally idle, and the one with fewest machines is
-/// taken: samples of use vary by as much on an idle host, and following them would pile machines up.
-const NOISE_PERMILLE: u64 = 50;
+/// Machines that one plan places: more than the log takes in the time that ranking ten thousand nodes takes.
+const PLACED: usize = 1024;
+/// Machines that wait whom one plan looks at: beyond those for whom there is no room, smaller ones may find some.
+const LOOKED_AT: usize = 16 * PLACED;
 
 /// A node that lost its copy of an image, or could not get it, is asked again after this time when no other can hold
 /// it: whatever ailed it (a full disk, a bad one) has had time to be seen to.
@@ -26,15 +30,27 @@ const REPLICA_PAUSE_MILLIS: u64 = 10 * 60_000;
 
 /// Everything that should be proposed at `now` (the leader's wall clock).
 pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
+    let mut commands = watch(state, telemetry);
+    commands.extend(work(state, telemetry, now));
+    commands
+}
+
+/// What follows from who was heard and who was not. Looks at every node.
+pub fn watch(state: &State, telemetry: &Telemetry) -> Vec<Command> {
     let mut commands = silence(state, telemetry);
     commands.extend(clocks(state, telemetry));
-    commands.extend(recover(state));
+    commands.into_iter().map(Command::Planner).collect()
+}
+
+/// What there is to do. Looks at what waits only.
+pub fn work(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
+    let mut commands = recover(state);
     commands.extend(due(state, now));
-    let mut promised = Promised::new();
-    commands.extend(place(state, telemetry, &mut promised));
-    commands.extend(moves::drain(state, telemetry, now, &mut promised));
+    let mut idlest = Idlest::new(state, telemetry);
+    commands.extend(place(state, &mut idlest));
+    commands.extend(moves::drain(state, now, &mut idlest));
     // Room that this plan gives to machines is not known to be taken yet, and machines come first.
-    commands.extend(rehearsal::rehearse(state, telemetry, now, promised.is_empty()));
+    commands.extend(rehearsal::rehearse(state, telemetry, now, !idlest.has_promised()));
     commands.extend(replicate(state, telemetry, now));
     commands.into_iter().map(Command::Planner).collect()
 }
@@ -101,24 +117,27 @@ fn due(state: &State, now: Timestamp) -> Vec<PlannerCommand> {
     passed.filter_map(judge).collect()
 }
 
-/// What a plan itself gives to a node, and to how many machines.
-type Promised = BTreeMap<NodeId, (Capacity, usize)>;
-
 /// The idlest node with room for each machine that waits, oldest first; or the reason why there is none.
-fn place(state: &State, telemetry: &Telemetry, promised: &mut Promised) -> Vec<PlannerCommand> {
-    if state.index.unplaced.is_empty() {
-        return Vec::new();
-    }
-    let coming = coming(state);
+fn place(state: &State, idlest: &mut Idlest) -> Vec<PlannerCommand> {
+    // What found no room in this plan finds none later in it: room only shrinks.
+    let mut refused: BTreeMap<(Capacity, Recovery), String> = BTreeMap::new();
     let mut commands = Vec::new();
-    for vm in state.index.unplaced.iter().take(BATCH).filter_map(|(_, id)| state.vms().get(id)) {
-        let room = |node: &Node, extra: Capacity| state.may_hold(node, vm, vm.size.plus(extra));
-        let open = state.may_be_elsewhere(vm.id).map_or(Ok(()), Err);
-        match open.and_then(|()| idlest(state, telemetry, &coming, promised, room)) {
+    for vm in state.index.unplaced.iter().take(LOOKED_AT).filter_map(|(_, id)| state.vms().get(id)) {
+        if commands.len() >= PLACED {
+            break;
+        }
+        let kind = (vm.size, vm.recovery);
+        let found = match (state.may_be_elsewhere(vm.id), refused.get(&kind)) {
+            (Some(reason), _) => Err(reason),
+            (None, Some(reason)) => Err(reason.clone()),
+            (None, None) => {
+                let room = |node: &Node, extra: Capacity| state.may_hold(node, vm, vm.size.plus(extra));
+                idlest.with_room(vm.size, room).inspect_err(|reason| drop(refused.insert(kind, reason.clone())))
+            }
+        };
+        match found {
             Ok(node) => {
-                let (extra, machines) = promised.entry(node).or_default();
-                *extra = extra.plus(vm.size);
-                *machines += 1;
+                idlest.promise(node, vm.size);
                 commands.push(PlannerCommand::PlaceVm { vm: vm.id, node });
             }
             Err(reason) if reason != vm.reason => commands.push(PlannerCommand::DeferVm { vm: vm.id, reason }),
@@ -128,79 +147,9 @@ fn place(state: &State, telemetry: &Telemetry, promised: &mut Promised) -> Vec<P
     commands
 }
 
-/// What each node is creating just now: promised already, and not yet in the use that it reports.
-fn coming(state: &State) -> BTreeMap<NodeId, Capacity> {
-    let mut coming: BTreeMap<NodeId, Capacity> = BTreeMap::new();
-    for vm in state.index.due.iter().filter_map(|(_, id)| state.vms().get(id)).filter(|vm| vm.phase.is_none()) {
-        if let Some(placement) = vm.placement {
-            let sum = coming.entry(placement.node).or_default();
-            *sum = sum.plus(vm.size);
-        }
-    }
-    coming
-}
-
-fn idlest(
-    state: &State,
-    telemetry: &Telemetry,
-    coming: &BTreeMap<NodeId, Capacity>,
-    promised: &Promised,
-    room: impl Fn(&Node, Capacity) -> Result<(), crate::Rejection>,
-) -> Result<NodeId, String> {
-    let mut refusals: BTreeMap<String, u32> = BTreeMap::new();
-    let mut open: Vec<(u64, usize, NodeId)> = Vec::new();
-    for node in state.nodes().values() {
-        let (extra, more) = promised.get(&node.id).copied().unwrap_or_default();
-        if let Err(refusal) = room(node, extra) {
-            let crate::Rejection::NoRoom { reason, .. } = refusal else { continue };
-            *refusals.entry(reason).or_default() += 1;
-            continue;
-        }
-        let coming = coming.get(&node.id).copied().unwrap_or_default();
-        let load = load_permille(state, telemetry, node, coming, extra);
-        open.push((load, state.vm_count_on_node(node.id) + more, node.id));
-    }
-    let weights =
-        [setting::WEIGHT_CPU, setting::WEIGHT_MEMORY, setting::WEIGHT_DISK].map(|weight| state.setting(weight));
-    let noise = weights.iter().fold(0, |sum: u64, weight| sum.saturating_add(weight.saturating_mul(NOISE_PERMILLE)));
-    let least = open.iter().map(|(load, ..)| *load).min().unwrap_or_default();
-    let idle = open.iter().filter(|(load, ..)| *load <= least.saturating_add(noise));
-    idle.min_by_key(|(load, machines, node)| (*machines, *load, *node)).map(|(.., node)| *node).ok_or_else(|| {
-        let why: Vec<String> = refusals.iter().map(|(reason, count)| format!("{count} × {reason}")).collect();
-        match why.is_empty() {
-            true => "no node has joined yet".into(),
-            false => format!("no node has room: {}", why.join(", ")),
-        }
-    })
-}
-
 /// In thousandths.
 fn share(part: u64, whole: u64) -> u64 {
     u64::try_from(u128::from(part) * 1000 / u128::from(whole.max(1))).unwrap_or(u64::MAX)
-}
-
-/// Weighted use, in thousandths: of each resource what is used and about to be used, or what is promised, whichever is
-/// more. `coming` is promised already, `extra` by this very plan.
-fn load_permille(state: &State, telemetry: &Telemetry, node: &Node, coming: Capacity, extra: Capacity) -> u64 {
-    let room = state.promisable(node);
-    let promised = state.reserved(node.id).plus(extra);
-    let soon = coming.plus(extra);
-    // A node that has not told its use yet counts as busy: it must not draw everything to itself.
-    let told = telemetry.nodes.get(&node.id).map(|heard| &heard.status).filter(|status| status.memory_total_bytes > 0);
-    let (used_cpu, used_memory, used_disk) = told.map_or((1000, 1000, 1000), |used| {
-        let memory = share(used.memory_used_bytes, used.memory_total_bytes);
-        (u64::from(used.cpu_permille), memory, share(used.disk_used_bytes, used.disk_total_bytes))
-    });
-    let load = |used: u64, soon: u64, promised: u64, room: u64| {
-        used.saturating_add(share(soon, room)).max(share(promised, room))
-    };
-    let cpu = load(used_cpu, soon.vcpus, promised.vcpus, room.vcpus);
-    let memory = load(used_memory, soon.memory_bytes, promised.memory_bytes, room.memory_bytes);
-    let disk = load(used_disk, soon.disk_bytes, promised.disk_bytes, room.disk_bytes);
-    [(cpu, setting::WEIGHT_CPU), (memory, setting::WEIGHT_MEMORY), (disk, setting::WEIGHT_DISK)]
-        .into_iter()
-        .map(|(permille, weight)| permille.saturating_mul(state.setting(weight)))
-        .fold(0, u64::saturating_add)
 }
 
 /// Another copy of each image that has too few, on the node with the most free disk. One that lost its copy comes

@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     Capacity, Cluster, Controller, ControllerId, Digest, Image, ImageId, JoinToken, Line, Meter, Network, NetworkId,
-    Node, NodeId, Quorum, Remembered, RequestId, Resource, Tag, Template, Tenant, TenantId, Timestamp, User, Vm, VmId,
-    setting,
+    Node, NodeId, Overcommit, Quorum, Remembered, RequestId, Resource, Tag, Template, Tenant, TenantId, Timestamp,
+    User, Vm, VmId, setting,
     table::{LoadError, RowChange, Table},
 };
 
+mod generation;
 mod index;
 
 use index::forget;
@@ -156,7 +157,7 @@ impl State {
     /// When `name` is not one of the constants of [`setting`].
     pub fn setting(&self, name: &str) -> u64 {
         let default = setting::find(name).expect("settings are named by the constants of their module").default;
-        self.settings.get(&name.to_owned()).copied().unwrap_or(default)
+        self.settings.get(name).copied().unwrap_or(default)
     }
 
     pub fn tenant_named(&self, name: &str) -> Option<&Tenant> {
@@ -229,15 +230,15 @@ impl State {
     pub fn usage(&self, tenant: TenantId) -> Usage {
         self.index.usage.get(&tenant).copied().unwrap_or_default()
     }
-    /// What may be promised on a node: its capacity times the overcommit ratios.
+    /// What may be promised on a node.
     pub fn promisable(&self, node: &Node) -> Capacity {
-        let of = |amount: u64, ratio: &str| {
-            u64::try_from(u128::from(amount) * u128::from(self.setting(ratio)) / 1000).unwrap_or(u64::MAX)
-        };
-        Capacity {
-            vcpus: of(node.capacity.vcpus, setting::OVERCOMMIT_CPU),
-            memory_bytes: of(node.capacity.memory_bytes, setting::OVERCOMMIT_MEMORY),
-            disk_bytes: of(node.capacity.disk_bytes, setting::OVERCOMMIT_DISK),
+        self.overcommit().of(node.capacity)
+    }
+    pub fn overcommit(&self) -> Overcommit {
+        Overcommit {
+            vcpus_permille: self.setting(setting::OVERCOMMIT_CPU),
+            memory_permille: self.setting(setting::OVERCOMMIT_MEMORY),
+            disk_permille: self.setting(setting::OVERCOMMIT_DISK),
         }
     }
 }
@@ -392,14 +393,14 @@ impl State {
         let unchanged = old.is_some_and(|old| wished(old) == wished(&vm));
         let own: Vec<NodeId> = old.into_iter().flat_map(Vm::hosts).chain(vm.hosts()).collect();
         let shared: Vec<NetworkId> = vm.nics.iter().map(|nic| nic.network).collect();
-        let members = self.members(&shared);
+        let before = self.members_of(&own, &shared);
         if let Some(old) = self.vms.get(&vm.id) {
             self.index.remove_vm(old);
         }
         self.index.add_vm(&vm);
         self.vms.put(vm.id, vm);
         if !unchanged {
-            self.renumber(&own, &shared, members);
+            self.renumber(&own, &shared, &before);
         }
     }
 
@@ -407,48 +408,11 @@ impl State {
         let Some(old) = self.vms.get(&id) else { return };
         let shared: Vec<NetworkId> = old.nics.iter().map(|nic| nic.network).collect();
         let own: Vec<NodeId> = old.hosts().collect();
-        let members = self.members(&shared);
+        let before = self.members_of(&own, &shared);
         if let Some(old) = self.vms.remove(&id, &mut self.hash) {
             self.index.remove_vm(&old);
         }
-        self.renumber(&own, &shared, members);
-    }
-
-    fn members(&self, networks: &[NetworkId]) -> Vec<BTreeSet<NodeId>> {
-        let nodes =
-            |network| self.index.network_nodes.get(network).into_iter().flatten().map(|(node, _)| *node).collect();
-        networks.iter().map(nodes).collect()
-    }
-
-    /// A machine's own hosts are told of every change of it; the other hosts of its networks only when a host joined
-    /// or left the network, because then their tunnels change.
-    fn renumber(&mut self, own: &[NodeId], networks: &[NetworkId], before: Vec<BTreeSet<NodeId>>) {
-        let mut touched: BTreeSet<NodeId> = own.iter().copied().collect();
-        for (old, new) in before.iter().zip(self.members(networks)) {
-            if *old != new {
-                touched.extend(old.iter().chain(&new));
-            }
-        }
-        for node in touched {
-            self.renumber_node(node);
-        }
-    }
-
-    /// The hosts that this one's machines share a network with.
-    pub(crate) fn renumber_neighbours(&mut self, node: NodeId) {
-        let networks: BTreeSet<NetworkId> = self
-            .vms_on_node(node)
-            .chain(self.others_on_node(node))
-            .flat_map(|vm| &vm.nics)
-            .map(|nic| nic.network)
-            .collect();
-        let members = self.members(&networks.into_iter().collect::<Vec<_>>());
-        let neighbours: BTreeSet<NodeId> = members.into_iter().flatten().filter(|member| *member != node).collect();
-        neighbours.into_iter().for_each(|neighbour| self.renumber_node(neighbour));
-    }
-
-    pub(crate) fn renumber_node(&mut self, node: NodeId) {
-        self.nodes.update(&node, |row| row.generation += 1);
+        self.renumber(&own, &shared, &before);
     }
 
     pub(crate) fn remember(&mut self, id: RequestId, row: Remembered) {

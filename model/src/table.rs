@@ -1,6 +1,7 @@
 //! A table of rows in memory that knows which rows changed since they were last taken to disk.
 
 use std::{
+    borrow::Borrow,
     collections::{BTreeMap, BTreeSet},
     ops::RangeBounds,
 };
@@ -41,7 +42,10 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
         Self { number, rows: BTreeMap::new(), changed: BTreeSet::new() }
     }
 
-    pub fn get(&self, key: &K) -> Option<&V> {
+    pub fn get<Q: Ord + ?Sized>(&self, key: &Q) -> Option<&V>
+    where
+        K: Borrow<Q>,
+    {
         self.rows.get(key).map(|held| &held.row)
     }
     pub fn contains(&self, key: &K) -> bool {

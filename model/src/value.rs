@@ -120,7 +120,7 @@ impl FromStr for Cidr {
 }
 
 /// An amount of hardware: what a host has, what a machine takes, what a tenant may use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Capacity {
     pub vcpus: u64,
     pub memory_bytes: u64,
@@ -144,6 +144,27 @@ impl Capacity {
     }
     pub fn fits_in(self, room: Self) -> bool {
         self.vcpus <= room.vcpus && self.memory_bytes <= room.memory_bytes && self.disk_bytes <= room.disk_bytes
+    }
+}
+
+/// How much of a resource may be promised, in thousandths of what there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overcommit {
+    pub vcpus_permille: u64,
+    pub memory_permille: u64,
+    pub disk_permille: u64,
+}
+
+impl Overcommit {
+    pub fn of(self, capacity: Capacity) -> Capacity {
+        let of = |amount: u64, permille: u64| {
+            u64::try_from(u128::from(amount) * u128::from(permille) / 1000).unwrap_or(u64::MAX)
+        };
+        Capacity {
+            vcpus: of(capacity.vcpus, self.vcpus_permille),
+            memory_bytes: of(capacity.memory_bytes, self.memory_permille),
+            disk_bytes: of(capacity.disk_bytes, self.disk_permille),
+        }
     }
 }
 

@@ -13,12 +13,13 @@
 //! story told.
 //!
 //! Deliberately not here: consensus. One log in one order is taken as given; see `quorum`. Real processes under faults
-//! are `jepsen/`.
+//! are `jepsen/`. `scale` is apart: no faults, but a million machines.
 
 pub mod calm;
 pub mod cloud;
 pub mod coverage;
 pub mod dice;
+pub mod scale;
 
 mod agent;
 mod controller;

@@ -85,10 +85,9 @@ impl Service {
 
     /// As many nodes as an image is to have replicas, or as there are.
     fn upload_targets(&self, size_bytes: u64) -> Result<Vec<Target>, ApiError> {
-        let heard = self.core.hear(|ears| ears.clone());
         self.core.replica.read(|state| {
             let wanted = usize::try_from(state.setting(model::setting::IMAGE_REPLICAS)).unwrap_or(1);
-            let nodes = model::plan::image_targets(state, &heard, size_bytes);
+            let nodes = self.core.hear(|ears| model::plan::image_targets(state, ears, size_bytes));
             let target =
                 |id: &NodeId| state.nodes().get(id).map(|node| Target { node: node.id, address: node.address.clone() });
             let targets: Vec<Target> = nodes.iter().filter_map(target).take(wanted).collect();

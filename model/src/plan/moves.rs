@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Promised, coming, idlest, share};
+use super::{Idlest, idlest::takes_machines, share};
 use crate::{
     Capacity, Node, NodeId, NodeState, PlannerCommand, Rejection, State, Status, Telemetry, Timestamp, Vm, setting,
 };
@@ -26,21 +26,15 @@ const MOST_SUGGESTED: usize = 16;
 /// Why it cannot be moved, or to none.
 pub fn destination(state: &State, telemetry: &Telemetry, vm: &Vm) -> Result<NodeId, Rejection> {
     state.may_leave(vm)?;
-    best(state, telemetry, &Promised::new(), vm).map_err(Rejection::Stale)
+    best(state, &mut Idlest::new(state, telemetry), vm).map_err(Rejection::Stale)
 }
 
-fn best(state: &State, telemetry: &Telemetry, promised: &Promised, vm: &Vm) -> Result<NodeId, String> {
-    let room = |node: &Node, extra: Capacity| state.may_move_to(vm, node.id, extra);
-    idlest(state, telemetry, &coming(state), promised, room)
+fn best(state: &State, idlest: &mut Idlest, vm: &Vm) -> Result<NodeId, String> {
+    idlest.with_room(vm.size, |node, extra| state.may_move_to(vm, node.id, extra))
 }
 
 /// What goes next from the nodes that are to be emptied. Each sends and takes a few at a time.
-pub(super) fn drain(
-    state: &State,
-    telemetry: &Telemetry,
-    now: Timestamp,
-    promised: &mut Promised,
-) -> Vec<PlannerCommand> {
+pub(super) fn drain(state: &State, now: Timestamp, idlest: &mut Idlest) -> Vec<PlannerCommand> {
     let mut chosen: BTreeMap<NodeId, usize> = BTreeMap::new();
     let mut commands = Vec::new();
     let most = usize::try_from(state.setting(setting::MOVES_AT_ONCE)).unwrap_or(usize::MAX);
@@ -61,11 +55,9 @@ pub(super) fn drain(
                 }
                 state.may_move_to(vm, node.id, extra)
             };
-            let Ok(to) = idlest(state, telemetry, &coming(state), promised, room) else { continue };
+            let Ok(to) = idlest.with_room(vm.size, room) else { continue };
             *chosen.entry(to).or_default() += 1;
-            let (extra, machines) = promised.entry(to).or_default();
-            *extra = extra.plus(vm.size);
-            *machines += 1;
+            idlest.promise(to, vm.size);
             under_way += 1;
             commands.push(PlannerCommand::MigrateVm { vm: vm.id, to });
         }
@@ -99,11 +91,11 @@ pub enum Goes {
 
 /// What is still on a node, and why.
 pub fn left_on<'a>(state: &'a State, telemetry: &Telemetry, node: NodeId, now: Timestamp) -> Vec<Left<'a>> {
-    let judge = |vm: &'a Vm| Left { vm, goes: goes(state, telemetry, vm, now) };
-    state.vms_on_node(node).map(judge).collect()
+    let mut idlest = Idlest::new(state, telemetry);
+    state.vms_on_node(node).map(|vm| Left { vm, goes: goes(state, &mut idlest, vm, now) }).collect()
 }
 
-fn goes(state: &State, telemetry: &Telemetry, vm: &Vm, now: Timestamp) -> Goes {
+fn goes(state: &State, idlest: &mut Idlest, vm: &Vm, now: Timestamp) -> Goes {
     if vm.is_moving() {
         return Goes::Now;
     }
@@ -122,7 +114,7 @@ fn goes(state: &State, telemetry: &Telemetry, vm: &Vm, now: Timestamp) -> Goes {
         let seconds = pause_ends(vm).millis_since(now).div_ceil(1000);
         return Goes::Later(format!("tried again in {seconds} s, for it failed: {}", failure.reason));
     }
-    match best(state, telemetry, &Promised::new(), vm) {
+    match best(state, idlest, vm) {
         Ok(_) => Goes::Later("it waits for its turn".into()),
         Err(why) => Goes::Later(why),
     }
@@ -141,7 +133,7 @@ pub struct Suggestion {
 /// The best moves first, each judged as if those before it had been made. By what is promised, not by what is used just
 /// now: that changes from one moment to the next, and a copy takes minutes.
 pub fn rebalance(state: &State) -> Vec<Suggestion> {
-    let taking_part = state.nodes().values().filter(|node| takes_part(node));
+    let taking_part = state.nodes().values().filter(|node| takes_machines(node));
     let mut held: BTreeMap<NodeId, Capacity> = taking_part.map(|node| (node.id, will_hold(state, node.id))).collect();
     let mut suggested: Vec<Suggestion> = Vec::new();
     while suggested.len() < MOST_SUGGESTED {
@@ -158,10 +150,6 @@ fn will_hold(state: &State, node: NodeId) -> Capacity {
     let leaving = state.vms_on_node(node).filter(|vm| vm.is_moving());
     let left = state.others_on_node(node).filter(|vm| !vm.is_moving());
     leaving.chain(left).fold(state.reserved(node), |sum, vm| sum.minus(vm.size))
-}
-
-fn takes_part(node: &Node) -> bool {
-    node.state == NodeState::Up && !node.cordoned && !node.maintenance
 }
 
 /// The best move from the fullest node to the emptiest.

@@ -37,6 +37,8 @@ pub struct Index {
     /// How many machines of a network are on each node.
     pub(crate) network_nodes: BTreeMap<NetworkId, BTreeMap<NodeId, u32>>,
     pub(crate) reserved: BTreeMap<NodeId, Capacity>,
+    /// What is being created on each node: promised already, and not yet in the use that it reports.
+    pub(crate) coming: BTreeMap<NodeId, Capacity>,
     pub(crate) usage: BTreeMap<TenantId, Usage>,
     pub(crate) meters_by_tenant: BTreeMap<TenantId, BTreeSet<Resource>>,
     /// Machines that want a host and may have one now, in the order in which they get it: by priority, then age.
@@ -146,6 +148,10 @@ impl Index {
         }
         if let Some(placement) = vm.placement {
             self.vms_by_node.entry(placement.node).or_default().insert(vm.id);
+            if vm.phase.is_none() {
+                let coming = self.coming.entry(placement.node).or_default();
+                *coming = coming.plus(vm.size);
+            }
         } else if vm.wants_host() {
             self.unplaced.insert((Reverse(vm.priority), vm.id));
         }
@@ -179,6 +185,14 @@ impl Index {
         }
         if let Some(placement) = vm.placement {
             forget(&mut self.vms_by_node, placement.node, vm.id);
+            if vm.phase.is_none()
+                && let Some(coming) = self.coming.get_mut(&placement.node)
+            {
+                *coming = coming.minus(vm.size);
+                if *coming == Capacity::default() {
+                    self.coming.remove(&placement.node);
+                }
+            }
         }
         if let Some(migration) = vm.migration {
             forget(&mut self.others_by_node, migration.other.node, vm.id);

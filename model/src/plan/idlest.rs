@@ -1,0 +1,180 @@
+//! Which node is the idlest that has room, asked for many machines in one plan.
+//!
+//! The nodes are ranked once a plan, at the first question, and each promise moves one of them; so a burst of machines
+//! costs the number of nodes once and not for each machine.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::share;
+use crate::{Capacity, Node, NodeId, NodeState, Rejection, State, Telemetry, setting};
+
+/// Nodes whose load differs by less than this, a weight, count as equally idle, and the one with fewest machines is
+/// taken: samples of use vary by as much on an idle host, and following them would pile machines up.
+const NOISE_PERMILLE: u64 = 50;
+
+/// What the nodes hold, with what this plan has promised besides.
+pub(super) struct Idlest<'a> {
+    state: &'a State,
+    telemetry: &'a Telemetry,
+    ranked: Option<Ranked<'a>>,
+    promised: bool,
+}
+
+struct Ranked<'a> {
+    weights: [u64; 3],
+    noise: u64,
+    seats: BTreeMap<NodeId, Seat<'a>>,
+    by_load: BTreeSet<(u64, NodeId)>,
+    /// By load in steps of the noise; within a step by machines, then load.
+    bands: BTreeMap<u64, BTreeSet<(usize, u64, NodeId)>>,
+}
+
+/// A node that may be given machines at all.
+struct Seat<'a> {
+    node: &'a Node,
+    /// What may be promised on it, and what is.
+    room: Capacity,
+    promised: Capacity,
+    /// Used CPU, memory and disk, in thousandths.
+    used: [u64; 3],
+    /// As in `Index::coming`.
+    soon: Capacity,
+    /// Promised by this plan.
+    extra: Capacity,
+    machines: usize,
+    load: u64,
+}
+
+impl<'a> Idlest<'a> {
+    pub fn new(state: &'a State, telemetry: &'a Telemetry) -> Self {
+        Self { state, telemetry, ranked: None, promised: false }
+    }
+
+    /// True when this plan has given something to a node.
+    pub fn has_promised(&self) -> bool {
+        self.promised
+    }
+
+    /// The idlest node on which `size` fits and that `room` does not refuse, asked with what this plan promises there
+    /// besides.
+    ///
+    /// # Errors
+    /// Why none has room, in a sentence.
+    pub fn with_room(
+        &mut self,
+        size: Capacity,
+        room: impl Fn(&Node, Capacity) -> Result<(), Rejection>,
+    ) -> Result<NodeId, String> {
+        let ranked = self.ranked.get_or_insert_with(|| Ranked::of(self.state, self.telemetry));
+        ranked.idlest(size, &room).ok_or_else(|| ranked.why_none(self.state, &room))
+    }
+
+    /// `size` goes to `node`.
+    pub fn promise(&mut self, node: NodeId, size: Capacity) {
+        self.promised = true;
+        if let Some(ranked) = &mut self.ranked {
+            ranked.promise(node, size);
+        }
+    }
+}
+
+impl<'a> Ranked<'a> {
+    fn of(state: &'a State, telemetry: &Telemetry) -> Self {
+        let weights =
+            [setting::WEIGHT_CPU, setting::WEIGHT_MEMORY, setting::WEIGHT_DISK].map(|name| state.setting(name));
+        let overcommit = state.overcommit();
+        let open = state.nodes().values().filter(|node| takes_machines(node));
+        let seats: BTreeMap<NodeId, Seat> = open
+            .map(|node| {
+                let mut seat = Seat {
+                    node,
+                    room: overcommit.of(node.capacity),
+                    promised: state.reserved(node.id),
+                    used: used_permille(telemetry, node),
+                    soon: state.index.coming.get(&node.id).copied().unwrap_or_default(),
+                    extra: Capacity::default(),
+                    machines: state.vm_count_on_node(node.id),
+                    load: 0,
+                };
+                seat.load = seat.weigh(weights);
+                (node.id, seat)
+            })
+            .collect();
+        let noise = weights.iter().map(|weight| weight.saturating_mul(NOISE_PERMILLE)).fold(0, u64::saturating_add);
+        let by_load = seats.iter().map(|(id, seat)| (seat.load, *id)).collect();
+        let mut bands: BTreeMap<u64, Vec<(usize, u64, NodeId)>> = BTreeMap::new();
+        for (id, seat) in &seats {
+            bands.entry(seat.load / noise.max(1)).or_default().push((seat.machines, seat.load, *id));
+        }
+        let bands = bands.into_iter().map(|(band, seats)| (band, seats.into_iter().collect())).collect();
+        Self { weights, noise, seats, by_load, bands }
+    }
+
+    fn idlest(&self, size: Capacity, room: impl Fn(&Node, Capacity) -> Result<(), Rejection>) -> Option<NodeId> {
+        let takes = |id: &NodeId| {
+            let seat = &self.seats[id];
+            size.fits_in(seat.room.minus(seat.promised)) && room(seat.node, seat.extra).is_ok()
+        };
+        let (least, _) = self.by_load.iter().find(|(_, id)| takes(id))?;
+        let most = least.saturating_add(self.noise);
+        let width = self.noise.max(1);
+        let alike = self.bands.range(least / width..=most / width);
+        let first = |seats: &BTreeSet<(usize, u64, NodeId)>| {
+            seats.iter().find(|(_, load, id)| (*least..=most).contains(load) && takes(id)).copied()
+        };
+        alike.filter_map(|(_, seats)| first(seats)).min().map(|(.., node)| node)
+    }
+
+    fn why_none(&self, state: &State, room: impl Fn(&Node, Capacity) -> Result<(), Rejection>) -> String {
+        let mut refusals: BTreeMap<String, u32> = BTreeMap::new();
+        for node in state.nodes().values() {
+            let extra = self.seats.get(&node.id).map_or(Capacity::default(), |seat| seat.extra);
+            if let Err(Rejection::NoRoom { reason, .. }) = room(node, extra) {
+                *refusals.entry(reason).or_default() += 1;
+            }
+        }
+        let why: Vec<String> = refusals.iter().map(|(reason, count)| format!("{count} × {reason}")).collect();
+        if why.is_empty() { "no node has joined yet".into() } else { format!("no node has room: {}", why.join(", ")) }
+    }
+
+    fn promise(&mut self, node: NodeId, size: Capacity) {
+        let width = self.noise.max(1);
+        let Some(seat) = self.seats.get_mut(&node) else { return };
+        self.by_load.remove(&(seat.load, node));
+        if let Some(band) = self.bands.get_mut(&(seat.load / width)) {
+            band.remove(&(seat.machines, seat.load, node));
+        }
+        for sum in [&mut seat.promised, &mut seat.soon, &mut seat.extra] {
+            *sum = sum.plus(size);
+        }
+        seat.machines += 1;
+        seat.load = seat.weigh(self.weights);
+        self.by_load.insert((seat.load, node));
+        self.bands.entry(seat.load / width).or_default().insert((seat.machines, seat.load, node));
+    }
+}
+
+impl Seat<'_> {
+    /// Weighted use, in thousandths: of each resource what is used and about to be used, or what is promised, whichever
+    /// is more.
+    fn weigh(&self, weights: [u64; 3]) -> u64 {
+        let of = |size: Capacity| [size.vcpus, size.memory_bytes, size.disk_bytes];
+        let (soon, promised, room) = (of(self.soon), of(self.promised), of(self.room));
+        let load = |n: usize| self.used[n].saturating_add(share(soon[n], room[n])).max(share(promised[n], room[n]));
+        (0..3).map(|n| load(n).saturating_mul(weights[n])).fold(0, u64::saturating_add)
+    }
+}
+
+/// Whether a node may be given any machine; `State::has_room` says why not.
+pub(super) fn takes_machines(node: &Node) -> bool {
+    node.state == NodeState::Up && !node.cordoned && !node.maintenance
+}
+
+fn used_permille(telemetry: &Telemetry, node: &Node) -> [u64; 3] {
+    // A node that has not told its use yet counts as busy: it must not draw everything to itself.
+    let told = telemetry.nodes.get(&node.id).map(|heard| &heard.status).filter(|status| status.memory_total_bytes > 0);
+    told.map_or([1000; 3], |used| {
+        let memory = share(used.memory_used_bytes, used.memory_total_bytes);
+        [u64::from(used.cpu_permille), memory, share(used.disk_used_bytes, used.disk_total_bytes)]
+    })
+}
