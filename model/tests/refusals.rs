@@ -239,3 +239,38 @@ fn a_forced_deletion_keeps_address_and_room_until_the_host_is_free_of_it() {
     cloud.report(1, epoch, Phase::Absent).unwrap();
     assert!(!cloud.state.vms().contains(&VM) && cloud.state.addresses_used(NetworkId(1)) == 0);
 }
+
+#[test]
+fn many_for_whom_there_is_no_room_do_not_hold_up_a_small_one() {
+    let mut cloud = Cloud::new();
+    let (tenant, range) = (TenantId(1), "10.1.0.0/22".parse().unwrap());
+    let size = Capacity { vcpus: 10_000, memory_bytes: 1 << 50, disk_bytes: 1 << 50 };
+    let quota = Quota { vms: 1000, size, networks: 2, image_bytes: 1 << 40 };
+    cloud.done(Command::Operator(OperatorCommand::SetQuota { tenant, quota }));
+    cloud.done(Command::Tenant(TenantCommand::CreateNetwork { tenant, name: "many".into(), range }));
+    let mut create = |name: String, template: &str| {
+        cloud.done(Command::Tenant(TenantCommand::CreateVm {
+            tenant,
+            name,
+            image: ImageId(1),
+            template: template.into(),
+            network: NetworkId(2),
+            ssh_keys: Vec::new(),
+            user_data: String::new(),
+            recovery: Recovery::Available,
+            priority: 0,
+        }));
+    };
+    // One of them fits on the empty host, and only one.
+    (0..300).for_each(|number| create(format!("large{number}"), "standard"));
+    create("small".into(), "tiny");
+    let small = cloud.state.vm_named(tenant, "small").unwrap().id;
+    let placed: Vec<_> = plan::plan(&cloud.state, &Telemetry::default(), Timestamp(0))
+        .into_iter()
+        .filter_map(|command| match command {
+            Command::Planner(PlannerCommand::PlaceVm { vm, node }) => Some((vm, node)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(placed, [(VmId(2), NodeId(2)), (small, NODE)]);
+}
