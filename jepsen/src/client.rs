@@ -104,7 +104,7 @@ impl Client {
 }
 
 impl<T> Answer<T> {
-    fn map<U>(self, change: impl FnOnce(T) -> U) -> Answer<U> {
+    pub fn map<U>(self, change: impl FnOnce(T) -> U) -> Answer<U> {
         match self {
             Self::Ok(value) => Answer::Ok(change(value)),
             Self::Fail(why) => Answer::Fail(why),

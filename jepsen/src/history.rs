@@ -37,6 +37,15 @@ pub enum Function {
     Add,
     /// The value is the list of all elements that were seen.
     List,
+    /// What one controller or host says after everything was healed.
+    Final,
+}
+
+impl Function {
+    /// Whether it changes something in the quorum.
+    pub fn is_write(self) -> bool {
+        !matches!(self, Self::Read | Self::List | Self::Final)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

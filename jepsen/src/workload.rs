@@ -1,29 +1,136 @@
 //! What clients do while the cluster is hurt. Each client is a task with an endless stream of operations; where one
 //! ends without an answer, a new process number takes its place, as the old one might still be at it.
+//!
+//! All workloads run together on one cluster, so that each fault is paid for once. What each of them promises is judged
+//! from the history alone, in [`crate::checker`].
 
 use std::{
+    future::ready,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use anyhow::bail;
+use futures::future::BoxFuture;
 use serde_json::Value;
+use tokio::task::JoinHandle;
 
 use crate::{
     chance::Chance,
-    client::Client,
-    history::{Event, Function, Kind, Recorder},
+    checker::Finding,
+    client::{Answer, Client},
+    cluster::Cluster,
+    history::{Event, Function, Kind, Operation, Recorder},
 };
 
 pub mod register;
 pub mod set;
 
+/// Every workload that there is.
+pub const ALL: &[&dyn Workload] = &[&register::Registers, &set::Elements];
+
+/// The tenant in which all of them work.
+pub const TENANT: &str = "jepsen";
+/// After a fault the controllers must agree again, and answer, within this time.
+pub const SETTLE: Duration = Duration::from_secs(30);
+/// A client gives up waiting after this: a failover takes less, so most operations of a fault still end well.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(2);
 /// Between two operations of one client: some hundred operations a second in all leave the processors to the cluster.
 const PAUSE: Duration = Duration::from_millis(4);
 /// After an attempt that no controller answered: a dead one refuses at once, and would fill the history.
 const PAUSE_AFTER_SILENCE: Duration = Duration::from_millis(100);
+
+/// One kind of clients, and what must be true of what they saw.
+pub trait Workload: Sync {
+    fn name(&self) -> &'static str;
+
+    /// What must have been acknowledged at least once for a run to count.
+    fn needs(&self) -> &'static [Function];
+
+    /// Makes what its clients need, before the first fault.
+    fn prepare<'a>(&'a self, _site: &'a Site<'a>) -> BoxFuture<'a, anyhow::Result<()>> {
+        Box::pin(ready(Ok(())))
+    }
+
+    /// Starts its clients. They end when the run is over.
+    ///
+    /// # Errors
+    /// When there can be no client.
+    fn start(&self, site: &Site<'_>, chance: &mut Chance) -> anyhow::Result<Vec<JoinHandle<()>>>;
+
+    /// Asks every controller, and whom else it concerns, after everything was healed. What they say goes into the
+    /// history as [`Function::Final`].
+    fn finish<'a>(&'a self, _site: &'a Site<'a>) -> BoxFuture<'a, anyhow::Result<()>> {
+        Box::pin(ready(Ok(())))
+    }
+
+    /// Each promise with what is known of it.
+    fn judge(&self, evidence: &Evidence<'_>) -> Vec<(&'static str, Finding)>;
+}
+
+/// What a run leaves to be judged.
+pub struct Evidence<'a> {
+    pub operations: &'a [Operation],
+}
+
+/// Where clients work.
+pub struct Site<'a> {
+    pub cluster: &'a Cluster,
+    pub shared: &'a Arc<Shared>,
+}
+
+impl Site<'_> {
+    /// A client of each controller.
+    ///
+    /// # Errors
+    /// When an endpoint or the token cannot be one.
+    pub fn clients(&self) -> anyhow::Result<Vec<Client>> {
+        let client = |member| {
+            let (name, endpoint) = (self.cluster.name(member), self.cluster.endpoint(member));
+            Client::new(name, &endpoint, self.cluster.access(), TENANT, CLIENT_PATIENCE)
+        };
+        (0..self.cluster.size()).map(client).collect()
+    }
+
+    /// # Errors
+    /// As `clients`.
+    pub fn worker(&self, chance: &mut Chance) -> anyhow::Result<Worker> {
+        Ok(Worker::new(self.shared, self.clients()?, chance.split()))
+    }
+
+    /// What each controller answers after everything was healed, under this key in the history.
+    ///
+    /// # Errors
+    /// When one of them does not answer in time.
+    async fn ask_all(&self, key: &str, ask: impl AsyncFn(&mut Client) -> Answer<Value>) -> anyhow::Result<()> {
+        for mut client in self.clients()? {
+            let worker = Worker::new(self.shared, Vec::new(), Chance::new(0));
+            let (key, node) = (key.to_owned(), client.name.clone());
+            let asked = Asked { f: Function::Final, key, value: Value::Null, node, req: String::new() };
+            worker.invoke(&asked);
+            let deadline = Instant::now() + SETTLE;
+            loop {
+                match ask(&mut client).await {
+                    Answer::Ok(value) => break worker.ok(&asked, value, None),
+                    Answer::Fail(why) | Answer::Info(why) if Instant::now() > deadline => {
+                        bail!("{} does not answer for '{}' after everything was healed: {why}", client.name, asked.key);
+                    }
+                    _ => tokio::time::sleep(PAUSE_AFTER_SILENCE).await,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Of each controller or host, by name: what it said at the end under this key.
+fn finals<'a>(operations: &'a [Operation], key: &str) -> Vec<(&'a str, &'a Value)> {
+    let said = operations.iter().filter(|o| o.f == Function::Final && o.key == key && o.outcome == Kind::Ok);
+    said.map(|o| (o.node.as_str(), &o.answered)).collect()
+}
 
 /// What every client of a run shares.
 pub struct Shared {
