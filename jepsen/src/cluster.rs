@@ -50,6 +50,8 @@ pub struct Options {
     pub controllers: usize,
     /// Agents with the simulated hypervisor.
     pub agents: usize,
+    /// What each of them offers: CPUs and bytes of memory; `None` is a middling server.
+    pub offer: Option<(u64, u64)>,
     /// Each on a network host of its own, so that links can be cut.
     pub isolated: bool,
     /// Log entries between snapshots; `None` is the product's own choice.
@@ -77,6 +79,7 @@ pub struct Cluster {
     access: Access,
     switch: Option<Switch>,
     snapshot_every: Option<u64>,
+    offer: Option<(u64, u64)>,
     _turn: Flock<File>,
 }
 
@@ -100,6 +103,7 @@ impl Cluster {
             access: Access { ca_pem: String::new(), token: String::new() },
             switch,
             snapshot_every: options.snapshot_every,
+            offer: options.offer,
             _turn: turn,
         };
         cluster.found()?;
@@ -219,6 +223,19 @@ impl Cluster {
     /// Where all agents write what they did to guests, a JSON object a line.
     pub fn effects(&self) -> PathBuf {
         self.root.join("effects")
+    }
+
+    /// How many hosts there are.
+    pub fn agents(&self) -> usize {
+        self.agents.len()
+    }
+
+    pub fn agent_name(&self, agent: usize) -> &str {
+        &self.agents[agent].name
+    }
+
+    pub fn agent_data(&self, agent: usize) -> &Path {
+        &self.agents[agent].data
     }
 
     /// SIGSTOP; true when the kernel shows it as stopped.

@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context;
@@ -13,12 +13,16 @@ use crate::{
     chance::Chance,
     checker::Finding,
     cluster::{Cluster, OFTEN, Options, switch::Switch},
+    effect::{self, Effect},
     history::{self, Kind, Operation, Recorder},
     nemesis::{self, Family, Fault, Outcome},
     verdict::Verdict,
     workload::{Evidence, SETTLE, Shared, Site, TENANT, Workload},
 };
 
+/// A machine has three to live on, and one can be lost; of the smallest template four fit on each.
+const HOSTS: usize = 3;
+const OFFER: (u64, u64) = (4, 400 << 20);
 /// Without faults, before the first, between two, and after the last.
 const CALM: Duration = Duration::from_secs(2);
 /// Operations that must have been acknowledged in calm for a run to count.
@@ -70,12 +74,14 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     std::fs::create_dir_all(&plan.folder)?;
     let (faults, skipped) = faults(plan);
     let isolated = faults.iter().any(|fault| Family::Partition.faults().contains(fault));
-    let options = Options { controllers: 3, agents: 0, isolated, snapshot_every: OFTEN };
+    let options = Options { controllers: 3, agents: HOSTS, offer: Some(OFFER), isolated, snapshot_every: OFTEN };
     let mut cluster = Cluster::start(&plan.folder.join("cluster"), options).await?;
     cluster.create_tenant(TENANT).await?;
 
     let recorder = Recorder::new(Some(&plan.folder.join("history.jsonl")))?;
+    let began_unix_millis = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_millis() as u64;
     let shared = Shared::new(recorder);
+    let effects = cluster.effects();
     for workload in &plan.workloads {
         workload.prepare(&Site { cluster: &cluster, shared: &shared }).await.context(workload.name())?;
     }
@@ -98,7 +104,9 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     cluster.stop().await?;
 
     let operations = history::operations(&shared.recorder.finish()?).map_err(anyhow::Error::msg)?;
-    let report = judge(plan, seconds, &operations, outcomes, skipped, agree);
+    let effects = effect::read(&effects, shared.recorder.began())?;
+    let witness = (&effects[..], began_unix_millis);
+    let report = judge(plan, seconds, &operations, witness, outcomes, skipped, agree);
     std::fs::write(plan.folder.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
     Ok(report)
 }
@@ -153,11 +161,12 @@ fn judge(
     plan: &Plan,
     seconds: f64,
     operations: &[Operation],
+    (effects, began_unix_millis): (&[Effect], u64),
     mut faults: Vec<Outcome>,
     skipped: Vec<String>,
     agree: Result<(), String>,
 ) -> Report {
-    let evidence = Evidence { operations };
+    let evidence = Evidence { operations, effects, began_unix_millis };
     let mut named: Vec<_> = plan.workloads.iter().flat_map(|workload| workload.judge(&evidence)).collect();
     named.push(("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)));
     for fault in &mut faults {

@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::bail;
-use futures::future::BoxFuture;
+use futures::future::LocalBoxFuture;
 use serde_json::Value;
 use tokio::task::JoinHandle;
 
@@ -23,14 +23,17 @@ use crate::{
     checker::Finding,
     client::{Answer, Client},
     cluster::Cluster,
+    effect::Effect,
     history::{Event, Function, Kind, Operation, Recorder},
 };
 
+pub mod images;
+pub mod machines;
 pub mod register;
 pub mod set;
 
 /// Every workload that there is.
-pub const ALL: &[&dyn Workload] = &[&register::Registers, &set::Elements];
+pub const ALL: &[&dyn Workload] = &[&register::Registers, &set::Elements, &machines::Machines, &images::Images];
 
 /// The tenant in which all of them work.
 pub const TENANT: &str = "jepsen";
@@ -51,7 +54,7 @@ pub trait Workload: Sync {
     fn needs(&self) -> &'static [Function];
 
     /// Makes what its clients need, before the first fault.
-    fn prepare<'a>(&'a self, _site: &'a Site<'a>) -> BoxFuture<'a, anyhow::Result<()>> {
+    fn prepare<'a>(&'a self, _site: &'a Site<'a>) -> LocalBoxFuture<'a, anyhow::Result<()>> {
         Box::pin(ready(Ok(())))
     }
 
@@ -63,7 +66,7 @@ pub trait Workload: Sync {
 
     /// Asks every controller, and whom else it concerns, after everything was healed. What they say goes into the
     /// history as [`Function::Final`].
-    fn finish<'a>(&'a self, _site: &'a Site<'a>) -> BoxFuture<'a, anyhow::Result<()>> {
+    fn finish<'a>(&'a self, _site: &'a Site<'a>) -> LocalBoxFuture<'a, anyhow::Result<()>> {
         Box::pin(ready(Ok(())))
     }
 
@@ -74,6 +77,10 @@ pub trait Workload: Sync {
 /// What a run leaves to be judged.
 pub struct Evidence<'a> {
     pub operations: &'a [Operation],
+    /// What hosts did, on the history's clock.
+    pub effects: &'a [Effect],
+    /// When that clock began, in milliseconds since the Unix epoch.
+    pub began_unix_millis: u64,
 }
 
 /// Where clients work.
@@ -99,6 +106,22 @@ impl Site<'_> {
     /// As `clients`.
     pub fn worker(&self, chance: &mut Chance) -> anyhow::Result<Worker> {
         Ok(Worker::new(self.shared, self.clients()?, chance.split()))
+    }
+
+    /// Something that must be done, with a request id, by whichever controller does it.
+    ///
+    /// # Errors
+    /// When none does in time.
+    async fn once(&self, what: impl AsyncFn(&Client, &str) -> Answer<()>) -> anyhow::Result<()> {
+        let (clients, id, deadline) = (self.clients()?, Worker::request_id(), Instant::now() + SETTLE);
+        for client in clients.iter().cycle() {
+            match what(client, &id).await {
+                Answer::Ok(()) => break,
+                Answer::Fail(why) | Answer::Info(why) if Instant::now() > deadline => bail!("{}: {why}", client.name),
+                _ => tokio::time::sleep(PAUSE_AFTER_SILENCE).await,
+            }
+        }
+        Ok(())
     }
 
     /// What each controller answers after everything was healed, under this key in the history.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use futures::future::BoxFuture;
+use futures::future::LocalBoxFuture;
 use serde_json::json;
 use tokio::task::JoinHandle;
 
@@ -39,7 +39,7 @@ impl Workload for Elements {
         (0..CLIENTS).map(|_| Ok(tokio::spawn(work(site.worker(chance)?)))).collect()
     }
 
-    fn finish<'a>(&'a self, site: &'a Site<'a>) -> BoxFuture<'a, anyhow::Result<()>> {
+    fn finish<'a>(&'a self, site: &'a Site<'a>) -> LocalBoxFuture<'a, anyhow::Result<()>> {
         Box::pin(site.ask_all(SET, async |client| client.list_keys(PREFIX).await.map(|keys| json!(keys))))
     }
 
