@@ -11,7 +11,7 @@ pub mod rest;
 pub mod revision;
 pub mod set;
 #[cfg(test)]
-mod trial;
+pub mod trial;
 
 /// What a checker says.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -24,6 +24,7 @@ use tonic::transport::Channel;
 
 use self::{process::Process, switch::Switch};
 
+mod host;
 mod launch;
 pub mod process;
 pub mod switch;
@@ -218,24 +219,6 @@ impl Cluster {
     /// When the file cannot be read.
     pub fn printed(&self, controller: usize) -> std::io::Result<String> {
         std::fs::read_to_string(self.root.join(format!("{}.log", self.controllers[controller].name)))
-    }
-
-    /// Where all agents write what they did to guests, a JSON object a line.
-    pub fn effects(&self) -> PathBuf {
-        self.root.join("effects")
-    }
-
-    /// How many hosts there are.
-    pub fn agents(&self) -> usize {
-        self.agents.len()
-    }
-
-    pub fn agent_name(&self, agent: usize) -> &str {
-        &self.agents[agent].name
-    }
-
-    pub fn agent_data(&self, agent: usize) -> &Path {
-        &self.agents[agent].data
     }
 
     /// SIGSTOP; true when the kernel shows it as stopped.

@@ -177,7 +177,8 @@ impl Recorder {
     }
 }
 
-fn monotonic_nanos() -> u64 {
+/// Of the one clock of all processes of a machine.
+pub fn monotonic_nanos() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

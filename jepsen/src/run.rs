@@ -17,7 +17,7 @@ use crate::{
     history::{self, Kind, Operation, Recorder},
     nemesis::{self, Family, Fault, Outcome},
     verdict::Verdict,
-    workload::{Evidence, SETTLE, Shared, Site, TENANT, Workload},
+    workload::{Evidence, SETTLE, Shared, Site, TENANT, Workload, idle},
 };
 
 /// A machine has three to live on, and one can be lost; of the smallest template four fit on each.
@@ -73,7 +73,8 @@ pub struct Latency {
 pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     std::fs::create_dir_all(&plan.folder)?;
     let (faults, skipped) = faults(plan);
-    let isolated = faults.iter().any(|fault| Family::Partition.faults().contains(fault));
+    let isolated =
+        faults.iter().any(|fault| matches!(fault, Fault::Host(_)) || Family::Partition.faults().contains(fault));
     let options = Options { controllers: 3, agents: HOSTS, offer: Some(OFFER), isolated, snapshot_every: OFTEN };
     let mut cluster = Cluster::start(&plan.folder.join("cluster"), options).await?;
     cluster.create_tenant(TENANT).await?;
@@ -113,8 +114,9 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
 
 /// The faults to go through in turn, and the families that this machine cannot do.
 fn faults(plan: &Plan) -> (Vec<Fault>, Vec<String>) {
-    let obstacle = if plan.families.contains(&Family::Partition) { Switch::obstacle() } else { None };
-    let possible = |family: &&Family| **family != Family::Partition || obstacle.is_none();
+    let cuts = |family: &Family| matches!(family, Family::Partition | Family::Host);
+    let obstacle = if plan.families.iter().any(cuts) { Switch::obstacle() } else { None };
+    let possible = |family: &&Family| !cuts(family) || obstacle.is_none();
     let families: Vec<Family> = plan.families.iter().filter(possible).copied().collect();
     // One of each family in turn, so that a short run has some of all.
     let longest = families.iter().map(|family| family.faults().len()).max().unwrap_or(0);
@@ -172,7 +174,8 @@ fn judge(
     for fault in &mut faults {
         fault.write_gap = write_gap(operations, (fault.began, fault.healed));
     }
-    let gaps = gaps(plan, operations, &faults);
+    let mut gaps = gaps(plan, operations, &faults);
+    gaps.extend(plan.workloads.iter().flat_map(|workload| workload.gaps(&evidence)));
     let findings: Vec<Finding> = named.iter().map(|(_, finding)| finding.clone()).collect();
     let with = |kind: Kind| operations.iter().filter(|o| o.outcome == kind).count();
     let latency = vec![
@@ -233,16 +236,14 @@ fn gaps(plan: &Plan, operations: &[Operation], faults: &[Outcome]) -> Vec<String
     }
     for family in &plan.families {
         let really = faults.iter().any(|f| family.faults().contains(&f.fault) && f.doubt.is_empty());
-        let possible = *family != Family::Partition || Switch::obstacle().is_none();
+        let possible = !matches!(family, Family::Partition | Family::Host) || Switch::obstacle().is_none();
         if possible && !really {
             gaps.push(format!("no fault of the family {family:?} really happened"));
         }
     }
-    for f in plan.workloads.iter().flat_map(|workload| workload.needs()) {
-        if !acknowledged.iter().any(|o| o.f == *f) {
-            gaps.push(format!("no {f:?} was ever acknowledged"));
-        }
-    }
+    let spans: Vec<_> = faults.iter().filter(|f| f.fault.leaves_a_majority()).map(|f| (f.began, f.healed)).collect();
+    let quiet = (faults.first().map_or(u64::MAX, |f| f.began), faults.last().map_or(0, |f| f.settled));
+    gaps.extend(plan.workloads.iter().flat_map(|workload| idle(*workload, operations, quiet, &spans)));
     gaps
 }
 

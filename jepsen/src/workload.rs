@@ -70,8 +70,41 @@ pub trait Workload: Sync {
         Box::pin(ready(Ok(())))
     }
 
+    /// What did not happen, and should have for its promises to be worth something.
+    fn gaps(&self, _evidence: &Evidence<'_>) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Each promise with what is known of it.
     fn judge(&self, evidence: &Evidence<'_>) -> Vec<(&'static str, Finding)>;
+}
+
+/// When a workload did too little to be judged. `quiet`: the beginning of the first fault, and when all was well after
+/// the last; `during`: faults in which clients should have been served.
+pub fn idle(
+    workload: &dyn Workload,
+    operations: &[Operation],
+    quiet: (u64, u64),
+    during: &[(u64, u64)],
+) -> Vec<String> {
+    let done: Vec<&Operation> =
+        operations.iter().filter(|o| o.outcome == Kind::Ok && workload.needs().contains(&o.f)).collect();
+    let within = |(from, to): (u64, u64)| done.iter().any(|o| o.start >= from && o.end <= to);
+    let name = workload.name();
+    let mut gaps = Vec::new();
+    for f in workload.needs().iter().filter(|f| !done.iter().any(|o| o.f == **f)) {
+        gaps.push(format!("{name}: no {f:?} was ever acknowledged"));
+    }
+    if !within((0, quiet.0)) {
+        gaps.push(format!("{name}: nothing was acknowledged before the first fault"));
+    }
+    if !during.is_empty() && !during.iter().any(|fault| within(*fault)) {
+        gaps.push(format!("{name}: nothing was acknowledged during any fault"));
+    }
+    if !within((quiet.1, u64::MAX)) {
+        gaps.push(format!("{name}: nothing was acknowledged after the last fault"));
+    }
+    gaps
 }
 
 /// What a run leaves to be judged.
@@ -245,5 +278,26 @@ impl Worker {
             rev,
             error,
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::checker::trial;
+
+    #[test]
+    fn a_workload_that_was_idle_before_during_or_after_the_faults_is_a_gap() {
+        let did = |f, at| trial::operation(f, "k", json!(null), Kind::Ok, at, at + 1);
+        let all = [did(Function::Add, 1), did(Function::List, 15), did(Function::Add, 35)];
+        let gaps = |done: &[Operation]| idle(&set::Elements, done, (10, 30), &[(10, 20)]);
+        assert_eq!(gaps(&all), [""; 0]);
+        for missing in 0..all.len() {
+            let rest: Vec<Operation> =
+                all.iter().enumerate().filter(|(n, _)| *n != missing).map(|(_, o)| o.clone()).collect();
+            assert!(!gaps(&rest).is_empty(), "without the one at {}", all[missing].start);
+        }
     }
 }

@@ -7,8 +7,13 @@ use serde_json::Value;
 use super::Finding;
 use crate::history::{Function, Kind, Operation};
 
-/// `disks`: of each host, after calm, the name of each blob with the digest of its bytes.
-pub fn check(operations: &[Operation], disks: &[(&str, &Value)], replicas: usize) -> Finding {
+/// `fetched`: of each controller, after calm, the images that it gave. `disks`: of each host, after calm, the name of each blob with the digest of its bytes.
+pub fn check(
+    operations: &[Operation],
+    fetched: &[(&str, &Value)],
+    disks: &[(&str, &Value)],
+    replicas: usize,
+) -> Finding {
     let mut imported: BTreeMap<&str, (&str, u64)> = BTreeMap::new();
     let mut asked: BTreeMap<&str, &str> = BTreeMap::new();
     for import in operations.iter().filter(|o| o.f == Function::Import) {
@@ -22,8 +27,8 @@ pub fn check(operations: &[Operation], disks: &[(&str, &Value)], replicas: usize
         }
         imported.insert(&import.key, (digest, import.end));
     }
-    if imported.is_empty() || disks.is_empty() {
-        return Finding::Undecided("image: none was acknowledged, or no disk was read".into());
+    if imported.is_empty() || fetched.is_empty() || disks.is_empty() {
+        return Finding::Undecided("image: none was acknowledged, or nobody was asked for it at the end".into());
     }
     for export in operations.iter().filter(|o| o.f == Function::Export) {
         let (name, outcome) = (export.key.as_str(), export.outcome);
@@ -33,6 +38,12 @@ pub fn check(operations: &[Operation], disks: &[(&str, &Value)], replicas: usize
         let there = imported.get(name).is_some_and(|(_, acknowledged)| *acknowledged < export.start);
         if there && export.code() == "not-found" {
             return Finding::Broken(format!("image: {} does not know '{name}', which was acknowledged", export.node));
+        }
+    }
+    for (controller, names) in fetched {
+        let given = |name: &str| names.as_array().is_some_and(|names| names.iter().any(|given| given == name));
+        if let Some(name) = imported.keys().find(|name| !given(name)) {
+            return Finding::Broken(format!("image: after calm {controller} does not give '{name}'"));
         }
     }
     on_disks(&imported, disks, replicas)
@@ -70,7 +81,7 @@ mod tests {
     }
 
     fn verdict(history: &[Operation], one: Value, two: Value) -> Finding {
-        check(history, &[("host-1", &one), ("host-2", &two)], 2)
+        check(history, &[("controller-1", &json!(["a"]))], &[("host-1", &one), ("host-2", &two)], 2)
     }
 
     #[test]
@@ -90,6 +101,10 @@ mod tests {
         assert!(broken(&[import(Kind::Ok), export("d2", 7)], disk(), disk()));
         assert!(broken(&[import(Kind::Ok)], disk(), json!({})));
         assert!(broken(&[import(Kind::Ok)], disk(), json!({"d1": "d3"})));
+        let (disk, nothing) = (disk(), json!([]));
+        let disks = [("host-1", &disk), ("host-2", &disk)];
+        assert!(matches!(check(&[import(Kind::Ok)], &[("c", &nothing)], &disks, 2), Finding::Broken(_)));
+        let disk = || disk.clone();
         let mut forgotten = operation(Function::Export, "a", Value::Null, Kind::Fail, 7, 8);
         forgotten.error = "not-found: no image 'a'".into();
         assert!(broken(&[import(Kind::Ok), forgotten], disk(), disk()));
@@ -98,6 +113,7 @@ mod tests {
     #[test]
     fn without_an_image_or_a_disk_nothing_is_decided() {
         assert!(matches!(verdict(&[import(Kind::Info)], json!({}), json!({})), Finding::Undecided(_)));
-        assert!(matches!(check(&[import(Kind::Ok)], &[], 2), Finding::Undecided(_)));
+        let fetched = json!(["a"]);
+        assert!(matches!(check(&[import(Kind::Ok)], &[("c", &fetched)], &[], 2), Finding::Undecided(_)));
     }
 }

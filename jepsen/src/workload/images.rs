@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     io,
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -32,6 +33,8 @@ const EXPORTS_PER_IMPORT: usize = 4;
 /// The bytes reach the hosts that should have them within this, after calm.
 const REPAIR: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// Keys of what is asked at the end.
+const FETCHED: &str = "images fetched";
 const DISKS: &str = "images on disk";
 
 pub struct Images;
@@ -45,6 +48,22 @@ impl Workload for Images {
         &[Function::Import, Function::Export]
     }
 
+    /// The first of them, so that there is something to fetch from the beginning.
+    fn prepare<'a>(&'a self, site: &'a Site<'a>) -> LocalBoxFuture<'a, anyhow::Result<()>> {
+        Box::pin(async {
+            let mut worker = site.worker(&mut Chance::new(0))?;
+            let deadline = Instant::now() + SETTLE;
+            // One whose answer was lost has its name.
+            for number in 0.. {
+                if import_one(&mut worker, &format!("image-first-{number}")).await {
+                    break;
+                }
+                anyhow::ensure!(Instant::now() < deadline, "a new cloud does not take an image");
+            }
+            Ok(())
+        })
+    }
+
     fn start(&self, site: &Site<'_>, chance: &mut Chance) -> anyhow::Result<Vec<JoinHandle<()>>> {
         Ok(vec![tokio::spawn(work(site.worker(chance)?))])
     }
@@ -54,16 +73,18 @@ impl Workload for Images {
     }
 
     fn judge(&self, evidence: &Evidence<'_>) -> Vec<(&'static str, Finding)> {
-        let disks = finals(evidence.operations, DISKS);
-        vec![("images: every byte, on as many hosts", checker::image::check(evidence.operations, &disks, REPLICAS))]
+        let (fetched, disks) = (finals(evidence.operations, FETCHED), finals(evidence.operations, DISKS));
+        let finding = checker::image::check(evidence.operations, &fetched, &disks, REPLICAS);
+        vec![("images: every byte, on as many hosts", finding)]
     }
 }
 
 async fn work(mut worker: Worker) {
-    let mut names: Vec<String> = Vec::new();
+    let done = worker.shared.recorder.done(Function::Import);
+    let mut names: Vec<String> = done.into_iter().map(|(name, _)| name).collect();
     let mut count = 0;
     while !worker.shared.is_over() {
-        if names.is_empty() || worker.chance.below(EXPORTS_PER_IMPORT) == 0 {
+        if worker.chance.below(EXPORTS_PER_IMPORT) == 0 {
             let name = format!("image-{count}");
             count += 1;
             if import_one(&mut worker, &name).await {
@@ -135,20 +156,23 @@ async fn finish(site: &Site<'_>) -> anyhow::Result<()> {
     let images = site.shared.recorder.done(Function::Import);
     for client in site.clients()? {
         let mut worker = Worker::new(site.shared, Vec::new(), Chance::new(0));
+        let (mut fetched, deadline) = (Vec::new(), Instant::now() + SETTLE);
         for (name, _) in &images {
-            let deadline = Instant::now() + SETTLE;
-            while !export_one(&mut worker, &client, name).await {
-                anyhow::ensure!(Instant::now() < deadline, "{} does not give '{name}' after calm", client.name);
+            let mut came = export_one(&mut worker, &client, name).await;
+            while !came && Instant::now() < deadline {
                 tokio::time::sleep(LOOK_AGAIN).await;
+                came = export_one(&mut worker, &client, name).await;
             }
+            fetched.extend(came.then_some(name));
         }
+        tell(site.shared, FETCHED, &client.name, json!(fetched));
     }
     let deadline = Instant::now() + REPAIR;
     while Instant::now() < deadline && !all_there(site.cluster, &images)? {
         tokio::time::sleep(LOOK_AGAIN).await;
     }
     for agent in 0..site.cluster.agents() {
-        tell(site.shared, site.cluster.agent_name(agent), json!(on_disk(site.cluster.agent_data(agent))?));
+        tell(site.shared, DISKS, site.cluster.agent_name(agent), json!(on_disk(site.cluster.agent_data(agent))?));
     }
     Ok(())
 }
@@ -175,9 +199,9 @@ fn on_disk(data: &Path) -> io::Result<BTreeMap<String, String>> {
     Ok(found)
 }
 
-fn tell(shared: &std::sync::Arc<Shared>, host: &str, value: Value) {
+fn tell(shared: &Arc<Shared>, key: &str, who: &str, value: Value) {
     let worker = Worker::new(shared, Vec::new(), Chance::new(0));
-    let (key, node) = (DISKS.to_owned(), host.to_owned());
+    let (key, node) = (key.to_owned(), who.to_owned());
     let asked = Asked { f: Function::Final, key, value: Value::Null, node, req: String::new() };
     worker.record(&asked, Kind::Invoke, Value::Null, None, String::new());
     worker.ok(&asked, value, None);
