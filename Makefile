@@ -23,7 +23,7 @@ help:
 	@echo 'make bench    writes, reads and failover beside etcd, machines beside plain libvirt; a table and a JSON file'
 	@echo 'make recovery  cuts the power of real hosts in namespaces TIMES times (20), and measures (root)'
 	@echo 'make jepsen   clients against real controllers under kills, pauses and partitions; a verdict'
-	@echo '              (TIME=seconds SEED=number NEMESIS=kill,pause,partition)'
+	@echo '              (TIME=seconds SEED=number NEMESIS=kill,pause,partition WORKLOAD=register,set)'
 	@echo 'make build    the binaries, in $(CARGO_TARGET_DIR)/release'
 	@echo 'make fmt      write the source in the one format'
 	@echo 'make deps     say which Debian packages are missing; as root, install them (FOR=build or FOR=demo)'
@@ -66,7 +66,7 @@ recovery: build
 	@scripts/recovery $(CARGO_TARGET_DIR)/release/trefoil $(CARGO_TARGET_DIR)/recovery $(TIMES)
 
 jepsen: build
-	@$(CARGO_TARGET_DIR)/release/trefoil-jepsen $(if $(TIME),--seconds $(TIME)) $(if $(SEED),--seed $(SEED)) $(if $(NEMESIS),--nemesis $(NEMESIS))
+	@$(CARGO_TARGET_DIR)/release/trefoil-jepsen $(if $(TIME),--seconds $(TIME)) $(if $(SEED),--seed $(SEED)) $(if $(NEMESIS),--nemesis $(NEMESIS)) $(if $(WORKLOAD),--workload $(WORKLOAD))
 
 fmt:
 	cargo fmt --all

@@ -1,8 +1,17 @@
 //! From a history to a verdict about one promise each. Pure: no clock, no network, no chance.
 
+pub mod address;
+pub mod capacity;
+pub mod home;
+pub mod image;
+pub mod ledger;
 pub mod register;
+pub mod request;
+pub mod rest;
 pub mod revision;
 pub mod set;
+#[cfg(test)]
+pub mod trial;
 
 /// What a checker says.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! One attempt at one controller, and what is known afterwards. Never a retry: a history tells what each attempt saw.
 
-use std::time::Duration;
+use std::{future::Future, time::Duration};
 
 use api::{
     error::{ApiError, CODE_KEY, ErrorKind},
@@ -21,6 +21,8 @@ pub enum Answer<T> {
     Info(String),
 }
 
+pub type Api = TrefoilClient<Channel>;
+
 /// Rows a page when listing; the API's own maximum.
 const PAGE: u32 = 1000;
 
@@ -28,7 +30,7 @@ const PAGE: u32 = 1000;
 pub struct Client {
     /// The controller that it speaks to, as the history names it.
     pub name: String,
-    api: TrefoilClient<Channel>,
+    api: Api,
     token: AsciiMetadataValue,
     tenant: String,
     timeout: Duration,
@@ -48,6 +50,30 @@ impl Client {
         })
     }
 
+    /// The same one, which gives up waiting after this.
+    #[must_use]
+    pub fn within(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    pub fn tenant(&self) -> String {
+        self.tenant.clone()
+    }
+
+    /// Any call; under a request id when it changes something, else under an empty one.
+    pub async fn ask<Q, A, F>(&self, request_id: &str, message: Q, call: impl FnOnce(Api, Request<Q>) -> F) -> Answer<A>
+    where
+        F: Future<Output = Result<tonic::Response<A>, Status>>,
+    {
+        let mut request = self.request(message);
+        if !request_id.is_empty()
+            && let Ok(id) = request_id.parse()
+        {
+            request.metadata_mut().insert("trefoil-request", id);
+        }
+        answer(tokio::time::timeout(self.timeout, call(self.api.clone(), request)).await)
+    }
+
     /// Writes a tag under this request id; the answer is its new version.
     pub async fn set_tag(&mut self, request_id: &str, key: &str, value: &str, expected: Option<u64>) -> Answer<u64> {
         let message = SetTagRequest {
@@ -56,12 +82,8 @@ impl Client {
             value: value.to_owned(),
             expected_version: expected,
         };
-        let mut request = self.request(message);
-        if let Ok(id) = request_id.parse() {
-            request.metadata_mut().insert("trefoil-request", id);
-        }
-        let call = self.api.set_tag(request);
-        answer(tokio::time::timeout(self.timeout, call).await).map(|tag| tag.version)
+        let call = |mut api: Api, request| async move { api.set_tag(request).await };
+        self.ask(request_id, message, call).await.map(|tag| tag.version)
     }
 
     /// Reads a tag; `None` when it does not exist.
@@ -104,7 +126,7 @@ impl Client {
 }
 
 impl<T> Answer<T> {
-    fn map<U>(self, change: impl FnOnce(T) -> U) -> Answer<U> {
+    pub fn map<U>(self, change: impl FnOnce(T) -> U) -> Answer<U> {
         match self {
             Self::Ok(value) => Answer::Ok(change(value)),
             Self::Fail(why) => Answer::Fail(why),

@@ -24,6 +24,7 @@ use tonic::transport::Channel;
 
 use self::{process::Process, switch::Switch};
 
+mod host;
 mod launch;
 pub mod process;
 pub mod switch;
@@ -50,6 +51,8 @@ pub struct Options {
     pub controllers: usize,
     /// Agents with the simulated hypervisor.
     pub agents: usize,
+    /// What each of them offers: CPUs and bytes of memory; `None` is a middling server.
+    pub offer: Option<(u64, u64)>,
     /// Each on a network host of its own, so that links can be cut.
     pub isolated: bool,
     /// Log entries between snapshots; `None` is the product's own choice.
@@ -77,6 +80,7 @@ pub struct Cluster {
     access: Access,
     switch: Option<Switch>,
     snapshot_every: Option<u64>,
+    offer: Option<(u64, u64)>,
     _turn: Flock<File>,
 }
 
@@ -100,6 +104,7 @@ impl Cluster {
             access: Access { ca_pem: String::new(), token: String::new() },
             switch,
             snapshot_every: options.snapshot_every,
+            offer: options.offer,
             _turn: turn,
         };
         cluster.found()?;
@@ -214,11 +219,6 @@ impl Cluster {
     /// When the file cannot be read.
     pub fn printed(&self, controller: usize) -> std::io::Result<String> {
         std::fs::read_to_string(self.root.join(format!("{}.log", self.controllers[controller].name)))
-    }
-
-    /// Where all agents write what they did to guests, a JSON object a line.
-    pub fn effects(&self) -> PathBuf {
-        self.root.join("effects")
     }
 
     /// SIGSTOP; true when the kernel shows it as stopped.

@@ -8,9 +8,10 @@ use std::{
     io::{BufWriter, Write},
     path::Path,
     sync::Mutex,
-    time::Instant,
+    time::Duration,
 };
 
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -37,6 +38,30 @@ pub enum Function {
     Add,
     /// The value is the list of all elements that were seen.
     List,
+    /// A machine; the answer is its id.
+    Create,
+    /// The value is what a machine should be: running or stopped.
+    Power,
+    Delete,
+    /// The answer is every machine at one log index.
+    Machines,
+    /// The answer is every host, with what it has and what of it is promised.
+    Nodes,
+    /// The answer is what the tenant may have and what it has.
+    Quota,
+    /// An image; the value is the digest of its bytes.
+    Import,
+    /// The answer is the digest of the bytes that came.
+    Export,
+    /// What one controller or host says after everything was healed.
+    Final,
+}
+
+impl Function {
+    /// Whether it changes something in the quorum.
+    pub fn is_write(self) -> bool {
+        matches!(self, Self::Write | Self::Cas | Self::Add | Self::Create | Self::Power | Self::Delete | Self::Import)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,13 +101,22 @@ pub struct Operation {
     /// `u64::MAX` when it never ended.
     pub end: u64,
     pub node: String,
+    pub req: String,
     pub rev: Option<u64>,
     pub error: String,
 }
 
+impl Operation {
+    /// The stable code of what a controller refused; empty when none did.
+    pub fn code(&self) -> &str {
+        if self.outcome == Kind::Fail { self.error.split(':').next().unwrap_or_default() } else { "" }
+    }
+}
+
 /// Orders and keeps events; clones of the reference may record from any task.
 pub struct Recorder {
-    began: Instant,
+    /// CLOCK_MONOTONIC, the one clock of all processes of a machine, in nanoseconds.
+    began: u64,
     inner: Mutex<Inner>,
 }
 
@@ -98,12 +132,17 @@ impl Recorder {
     /// When the file cannot be made.
     pub fn new(path: Option<&Path>) -> std::io::Result<Self> {
         let file = path.map(File::create).transpose()?.map(BufWriter::new);
-        Ok(Self { began: Instant::now(), inner: Mutex::new(Inner { events: Vec::new(), file }) })
+        Ok(Self { began: monotonic_nanos(), inner: Mutex::new(Inner { events: Vec::new(), file }) })
     }
 
     /// Nanoseconds since the run began.
     pub fn now(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        monotonic_nanos().saturating_sub(self.began)
+    }
+
+    /// When the run began, on the clock that every process of this machine can read.
+    pub fn began(&self) -> u64 {
+        self.began
     }
 
     /// Stamps the event with the time and keeps it. The time is taken under the lock, so the order in the history is
@@ -120,6 +159,13 @@ impl Recorder {
         inner.events.push(event);
     }
 
+    /// Key and value of everything of this kind that was acknowledged so far.
+    pub fn done(&self, f: Function) -> Vec<(String, Value)> {
+        let inner = self.inner.lock().expect("no recorder panics while it holds the lock");
+        let done = inner.events.iter().filter(|event| event.f == f && event.kind == Kind::Ok);
+        done.map(|event| (event.key.clone(), event.value.clone())).collect()
+    }
+
     /// # Errors
     /// When the file could not be written to its end.
     pub fn finish(&self) -> std::io::Result<Vec<Event>> {
@@ -129,6 +175,12 @@ impl Recorder {
         }
         Ok(inner.events.clone())
     }
+}
+
+/// Of the one clock of all processes of a machine.
+pub fn monotonic_nanos() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Pairs invocations with completions. A process has at most one operation at a time.
@@ -150,6 +202,7 @@ pub fn operations(events: &[Event]) -> Result<Vec<Operation>, String> {
                 start: event.time,
                 end: u64::MAX,
                 node: event.node.clone(),
+                req: event.req.clone(),
                 rev: None,
                 error: String::new(),
             };

@@ -2,13 +2,14 @@
 //! decide from that alone. A black box: only the public API and the binary are used.
 //!
 //! Reading order: [`history`] (what is written down), [`checker`] (from a history to a finding), [`cluster`] (the
-//! processes), [`client`] (one attempt, one outcome), [`workload`] (what clients do), [`nemesis`] (what is done to the
+//! processes), [`effect`] (what their hosts did in truth), [`client`] (one attempt, one outcome), [`workload`] (what clients do), [`nemesis`] (what is done to the
 //! cluster), [`run`] (all of it together), [`verdict`] (what it means).
 
 pub mod chance;
 pub mod checker;
 pub mod client;
 pub mod cluster;
+pub mod effect;
 pub mod history;
 pub mod interrupt;
 pub mod nemesis;

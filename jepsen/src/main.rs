@@ -2,8 +2,8 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::Parser;
-use jepsen::{interrupt::asked_to_end, nemesis::Family, run};
+use clap::{Parser, builder::PossibleValuesParser};
+use jepsen::{interrupt::asked_to_end, nemesis::Family, run, workload};
 
 /// Clients against real controllers under faults, and a verdict on what they saw.
 #[derive(Parser)]
@@ -18,6 +18,9 @@ struct Arguments {
     /// Families of faults.
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["kill", "pause", "partition"])]
     nemesis: Vec<Family>,
+    /// Workloads; by default all.
+    #[arg(long, value_delimiter = ',', value_parser = workload_names())]
+    workload: Vec<String>,
     /// Where history, logs and report go; by default a new folder under the temporary one.
     #[arg(long)]
     folder: Option<PathBuf>,
@@ -30,7 +33,9 @@ async fn main() -> ExitCode {
         arguments.seed.unwrap_or_else(|| u64::from(uuid::Uuid::now_v7().as_fields().0) ^ u64::from(std::process::id()));
     // Short, because unix sockets lie in it.
     let folder = arguments.folder.unwrap_or_else(|| std::env::temp_dir().join(format!("tfj-{}", std::process::id())));
-    let plan = run::Plan { seconds: arguments.seconds, seed, families: arguments.nemesis, folder };
+    let wanted = |name: &str| arguments.workload.is_empty() || arguments.workload.iter().any(|asked| asked == name);
+    let workloads = workload::ALL.iter().copied().filter(|workload| wanted(workload.name())).collect();
+    let plan = run::Plan { seconds: arguments.seconds, seed, families: arguments.nemesis, workloads, folder };
     eprintln!("seed {seed}, {} s, {}", plan.seconds, plan.folder.display());
     let outcome = tokio::select! {
         outcome = run::run(&plan) => outcome,
@@ -47,4 +52,8 @@ async fn main() -> ExitCode {
             ExitCode::from(3)
         }
     }
+}
+
+fn workload_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(workload::ALL.iter().map(|workload| workload.name()))
 }

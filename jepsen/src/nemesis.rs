@@ -5,6 +5,9 @@ use std::{collections::BTreeSet, fmt, time::Duration};
 use serde::Serialize;
 
 use crate::{chance::Chance, cluster::Cluster};
+use hosts::{Harm, Said};
+
+pub mod hosts;
 
 /// How long a fault lasts: several elections, and longer than a client's patience.
 pub const HOLD: Duration = Duration::from_secs(5);
@@ -27,6 +30,7 @@ pub enum Fault {
     CutOneLink,
     /// The leader is heard but hears nobody.
     DeafLeader,
+    Host(Harm),
 }
 
 impl fmt::Display for Fault {
@@ -41,6 +45,7 @@ impl fmt::Display for Fault {
             Self::IsolateFollower => "isolate follower",
             Self::CutOneLink => "cut one link",
             Self::DeafLeader => "deaf leader",
+            Self::Host(harm) => return harm.fmt(f),
         })
     }
 }
@@ -51,6 +56,8 @@ pub enum Family {
     Kill,
     Pause,
     Partition,
+    /// What happens to hosts rather than controllers.
+    Host,
 }
 
 impl Family {
@@ -59,6 +66,15 @@ impl Family {
             Self::Kill => &[Fault::KillLeader, Fault::KillFollower, Fault::KillAll],
             Self::Pause => &[Fault::PauseLeader, Fault::PauseFollower],
             Self::Partition => &[Fault::IsolateLeader, Fault::CutOneLink, Fault::DeafLeader, Fault::IsolateFollower],
+            Self::Host => {
+                const FAULTS: [Fault; 4] = [
+                    Fault::Host(Harm::CutHost),
+                    Fault::Host(Harm::KillAgent),
+                    Fault::Host(Harm::CutPower),
+                    Fault::Host(Harm::StopAgent),
+                ];
+                &FAULTS
+            }
         }
     }
 }
@@ -95,6 +111,7 @@ pub struct InForce {
     targets: Vec<usize>,
     evidence: String,
     doubt: String,
+    host: Option<hosts::Held>,
 }
 
 /// Does it now. The target is chosen by who leads; without a leader by chance, which `doubt` then tells.
@@ -115,8 +132,10 @@ pub async fn inject(cluster: &mut Cluster, fault: Fault, chance: &mut Chance) ->
         Fault::KillFollower | Fault::PauseFollower | Fault::IsolateFollower => vec![other],
         Fault::KillAll => (0..cluster.size()).collect(),
         Fault::CutOneLink => vec![chosen, other],
+        Fault::Host(_) => vec![],
     };
     let mut evidence = String::new();
+    let mut host = None;
     match fault {
         Fault::KillLeader | Fault::KillFollower | Fault::KillAll => {
             let mut killed = 0;
@@ -149,8 +168,13 @@ pub async fn inject(cluster: &mut Cluster, fault: Fault, chance: &mut Chance) ->
                 cluster.cut(member, targets[0])?;
             }
         }
+        Fault::Host(harm) => {
+            let mut said = Said::default();
+            host = Some(hosts::begin(cluster, harm, chance, &mut said)?);
+            (evidence, doubt) = (said.evidence, said.doubt);
+        }
     }
-    Ok(InForce { fault, targets, evidence, doubt })
+    Ok(InForce { fault, targets, evidence, doubt, host })
 }
 
 impl InForce {
@@ -174,8 +198,15 @@ impl InForce {
                     self.doubt = "no packet met the cut".into();
                 }
             }
+            Fault::Host(_) => {}
         }
-        let hit: BTreeSet<String> = self.targets.iter().map(|target| cluster.name(*target).to_owned()).collect();
+        let mut hit: BTreeSet<String> = self.targets.iter().map(|target| cluster.name(*target).to_owned()).collect();
+        if let Some(host) = self.host {
+            hit.insert(host.hit(cluster));
+            let mut said = Said { evidence: self.evidence, doubt: self.doubt };
+            host.end(cluster, &mut said).await?;
+            (self.evidence, self.doubt) = (said.evidence, said.doubt);
+        }
         Ok(Outcome {
             fault: self.fault,
             hit: hit.into_iter().collect(),

@@ -1,10 +1,8 @@
 //! One run: clients work, the nemesis strikes and heals in turns, then everything must be there and agree.
 
 use std::{
-    collections::BTreeSet,
     path::{Path, PathBuf},
-    sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context;
@@ -13,24 +11,20 @@ use serde::Serialize;
 
 use crate::{
     chance::Chance,
-    checker::{self, Finding},
-    client::{Answer, Client},
+    checker::Finding,
     cluster::{Cluster, OFTEN, Options, switch::Switch},
-    history::{self, Function, Kind, Operation, Recorder},
+    effect::{self, Effect},
+    history::{self, Kind, Operation, Recorder},
     nemesis::{self, Family, Fault, Outcome},
     verdict::Verdict,
-    workload::{Shared, Worker, register, set},
+    workload::{Evidence, SETTLE, Shared, Site, TENANT, Workload, idle},
 };
 
-/// Clients of each workload: with four keys in use, fewer than twelve at a key at any time.
-const REGISTER_CLIENTS: usize = 6;
-const SET_CLIENTS: usize = 2;
-/// A client gives up waiting after this: a failover takes less, so most operations of a fault still end well.
-const CLIENT_PATIENCE: Duration = Duration::from_secs(2);
+/// A machine has three to live on, and one can be lost; of the smallest template four fit on each.
+const HOSTS: usize = 3;
+const OFFER: (u64, u64) = (4, 400 << 20);
 /// Without faults, before the first, between two, and after the last.
 const CALM: Duration = Duration::from_secs(2);
-/// After a fault the controllers must agree again within this time.
-const SETTLE: Duration = Duration::from_secs(30);
 /// Operations that must have been acknowledged in calm for a run to count.
 const ENOUGH: usize = 200;
 
@@ -38,6 +32,7 @@ pub struct Plan {
     pub seconds: u64,
     pub seed: u64,
     pub families: Vec<Family>,
+    pub workloads: Vec<&'static dyn Workload>,
     /// Where history, logs and report go.
     pub folder: PathBuf,
 }
@@ -78,70 +73,55 @@ pub struct Latency {
 pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     std::fs::create_dir_all(&plan.folder)?;
     let (faults, skipped) = faults(plan);
-    let isolated = faults.iter().any(|fault| Family::Partition.faults().contains(fault));
-    let options = Options { controllers: 3, agents: 0, isolated, snapshot_every: OFTEN };
+    let isolated =
+        faults.iter().any(|fault| matches!(fault, Fault::Host(_)) || Family::Partition.faults().contains(fault));
+    let options = Options { controllers: 3, agents: HOSTS, offer: Some(OFFER), isolated, snapshot_every: OFTEN };
     let mut cluster = Cluster::start(&plan.folder.join("cluster"), options).await?;
-    let tenant = "jepsen";
-    cluster.create_tenant(tenant).await?;
+    cluster.create_tenant(TENANT).await?;
 
     let recorder = Recorder::new(Some(&plan.folder.join("history.jsonl")))?;
+    let began_unix_millis = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_millis() as u64;
     let shared = Shared::new(recorder);
+    let effects = cluster.effects();
+    for workload in &plan.workloads {
+        workload.prepare(&Site { cluster: &cluster, shared: &shared }).await.context(workload.name())?;
+    }
     let began = Instant::now();
     let mut chance = Chance::new(plan.seed);
-    let workers = start_clients(&cluster, tenant, &shared, &mut chance)?;
+    let mut workers = Vec::new();
+    for workload in &plan.workloads {
+        workers.extend(workload.start(&Site { cluster: &cluster, shared: &shared }, &mut chance)?);
+    }
     let outcomes = strike(&mut cluster, plan, &faults, &shared, began, &mut chance).await?;
     shared.end();
     for worker in workers {
         worker.await.context("a client panicked")?;
     }
-    let finals = final_lists(&cluster, tenant).await?;
+    for workload in &plan.workloads {
+        workload.finish(&Site { cluster: &cluster, shared: &shared }).await.context(workload.name())?;
+    }
     let agree = cluster.hashes_agree(SETTLE).await;
     let seconds = began.elapsed().as_secs_f64();
     cluster.stop().await?;
 
     let operations = history::operations(&shared.recorder.finish()?).map_err(anyhow::Error::msg)?;
-    let report = judge(plan, seconds, &operations, outcomes, skipped, &finals, agree);
+    let effects = effect::read(&effects, shared.recorder.began())?;
+    let witness = (&effects[..], began_unix_millis);
+    let report = judge(plan, seconds, &operations, witness, outcomes, skipped, agree);
     std::fs::write(plan.folder.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
     Ok(report)
 }
 
 /// The faults to go through in turn, and the families that this machine cannot do.
 fn faults(plan: &Plan) -> (Vec<Fault>, Vec<String>) {
-    let obstacle = if plan.families.contains(&Family::Partition) { Switch::obstacle() } else { None };
-    let possible = |family: &&Family| **family != Family::Partition || obstacle.is_none();
+    let cuts = |family: &Family| matches!(family, Family::Partition | Family::Host);
+    let obstacle = if plan.families.iter().any(cuts) { Switch::obstacle() } else { None };
+    let possible = |family: &&Family| !cuts(family) || obstacle.is_none();
     let families: Vec<Family> = plan.families.iter().filter(possible).copied().collect();
     // One of each family in turn, so that a short run has some of all.
     let longest = families.iter().map(|family| family.faults().len()).max().unwrap_or(0);
     let faults = (0..longest).flat_map(|n| families.iter().filter_map(move |family| family.faults().get(n).copied()));
     (faults.collect(), obstacle.map(|why| format!("partition: {why}")).into_iter().collect())
-}
-
-fn start_clients(
-    cluster: &Cluster,
-    tenant: &str,
-    shared: &Arc<Shared>,
-    chance: &mut Chance,
-) -> anyhow::Result<Vec<tokio::task::JoinHandle<()>>> {
-    let numbers = Arc::new(register::Numbers::default());
-    let mut workers = Vec::new();
-    for number in 0..REGISTER_CLIENTS + SET_CLIENTS {
-        let worker = Worker::new(shared, clients(cluster, tenant)?, chance.split());
-        workers.push(if number < REGISTER_CLIENTS {
-            tokio::spawn(register::work(worker, numbers.clone()))
-        } else {
-            tokio::spawn(set::work(worker))
-        });
-    }
-    Ok(workers)
-}
-
-fn clients(cluster: &Cluster, tenant: &str) -> anyhow::Result<Vec<Client>> {
-    (0..cluster.size())
-        .map(|member| {
-            let (name, endpoint) = (cluster.name(member), cluster.endpoint(member));
-            Client::new(name, &endpoint, cluster.access(), tenant, CLIENT_PATIENCE)
-        })
-        .collect()
 }
 
 /// Faults in turn until the time is over, each at least once if the time allows it.
@@ -179,46 +159,23 @@ async fn strike(
     Ok(outcomes)
 }
 
-/// What each controller lists after everything was healed.
-async fn final_lists(cluster: &Cluster, tenant: &str) -> anyhow::Result<Vec<(String, BTreeSet<String>)>> {
-    let mut lists = Vec::new();
-    for mut client in clients(cluster, tenant)? {
-        let deadline = Instant::now() + SETTLE;
-        loop {
-            match client.list_keys(set::PREFIX).await {
-                Answer::Ok(keys) => {
-                    lists.push((client.name.clone(), keys.into_iter().collect()));
-                    break;
-                }
-                Answer::Fail(why) | Answer::Info(why) if Instant::now() > deadline => {
-                    anyhow::bail!("{} cannot list after everything was healed: {why}", client.name);
-                }
-                _ => tokio::time::sleep(Duration::from_millis(100)).await,
-            }
-        }
-    }
-    Ok(lists)
-}
-
 fn judge(
     plan: &Plan,
     seconds: f64,
     operations: &[Operation],
+    (effects, began_unix_millis): (&[Effect], u64),
     mut faults: Vec<Outcome>,
     skipped: Vec<String>,
-    finals: &[(String, BTreeSet<String>)],
     agree: Result<(), String>,
 ) -> Report {
-    let named = [
-        ("register: linearizable", checker::register::check(operations)),
-        ("register: indexes move forwards", checker::revision::check(operations)),
-        ("set: nothing lost, nothing invented", checker::set::check(operations, finals)),
-        ("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)),
-    ];
+    let evidence = Evidence { operations, effects, began_unix_millis };
+    let mut named: Vec<_> = plan.workloads.iter().flat_map(|workload| workload.judge(&evidence)).collect();
+    named.push(("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)));
     for fault in &mut faults {
         fault.write_gap = write_gap(operations, (fault.began, fault.healed));
     }
-    let gaps = gaps(plan, operations, &faults);
+    let mut gaps = gaps(plan, operations, &faults);
+    gaps.extend(plan.workloads.iter().flat_map(|workload| workload.gaps(&evidence)));
     let findings: Vec<Finding> = named.iter().map(|(_, finding)| finding.clone()).collect();
     let with = |kind: Kind| operations.iter().filter(|o| o.outcome == kind).count();
     let latency = vec![
@@ -261,7 +218,7 @@ fn calm_windows(faults: &[Outcome]) -> Vec<(u64, u64)> {
 fn gaps(plan: &Plan, operations: &[Operation], faults: &[Outcome]) -> Vec<String> {
     let mut gaps = Vec::new();
     let acknowledged: Vec<&Operation> = operations.iter().filter(|o| o.outcome == Kind::Ok).collect();
-    let write = |o: &&&Operation| o.f != Function::Read && o.f != Function::List;
+    let write = |o: &&&Operation| o.f.is_write();
     let within =
         |from: u64, to: u64| acknowledged.iter().filter(write).filter(|o| o.start >= from && o.end <= to).count();
     if calm_windows(faults).iter().map(|(from, to)| within(*from, *to)).sum::<usize>() < ENOUGH {
@@ -279,16 +236,14 @@ fn gaps(plan: &Plan, operations: &[Operation], faults: &[Outcome]) -> Vec<String
     }
     for family in &plan.families {
         let really = faults.iter().any(|f| family.faults().contains(&f.fault) && f.doubt.is_empty());
-        let possible = *family != Family::Partition || Switch::obstacle().is_none();
+        let possible = !matches!(family, Family::Partition | Family::Host) || Switch::obstacle().is_none();
         if possible && !really {
             gaps.push(format!("no fault of the family {family:?} really happened"));
         }
     }
-    for f in [Function::Read, Function::Write, Function::Cas, Function::Add, Function::List] {
-        if !acknowledged.iter().any(|o| o.f == f) {
-            gaps.push(format!("no {f:?} was ever acknowledged"));
-        }
-    }
+    let spans: Vec<_> = faults.iter().filter(|f| f.fault.leaves_a_majority()).map(|f| (f.began, f.healed)).collect();
+    let quiet = (faults.first().map_or(u64::MAX, |f| f.began), faults.last().map_or(0, |f| f.settled));
+    gaps.extend(plan.workloads.iter().flat_map(|workload| idle(*workload, operations, quiet, &spans)));
     gaps
 }
 
@@ -314,7 +269,7 @@ fn latency(phase: &str, operations: &[Operation], windows: &[(u64, u64)]) -> Lat
 
 /// The longest time, in milliseconds, in which no write that ended in the window was acknowledged.
 fn write_gap(operations: &[Operation], (from, to): (u64, u64)) -> f64 {
-    let written = |o: &&Operation| o.outcome == Kind::Ok && !matches!(o.f, Function::Read | Function::List);
+    let written = |o: &&Operation| o.outcome == Kind::Ok && o.f.is_write();
     let mut ends: Vec<u64> =
         operations.iter().filter(written).map(|o| o.end).filter(|e| *e >= from && *e < to).collect();
     ends.sort_unstable();

@@ -106,7 +106,7 @@ pub async fn run(settings: &Settings) -> anyhow::Result<Results> {
 async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<Results> {
     let before = load_average();
     let mut skipped = Vec::new();
-    let options = Options { controllers: 3, agents: 0, isolated: false, snapshot_every: None };
+    let options = Options { controllers: 3, agents: 0, offer: None, isolated: false, snapshot_every: None };
     let mut cluster = Cluster::start(&root.join("t"), options).await?;
     cluster.create_tenant(TENANT).await?;
     let mut peers: Vec<(&'static str, Etcd)> = Vec::new();

@@ -55,7 +55,7 @@ impl Stage {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("tft-{}-{number}", std::process::id()));
         let folder = Folder(path);
-        let options = Options { controllers: 3, agents: hosts, isolated: false, snapshot_every: OFTEN };
+        let options = Options { controllers: 3, agents: hosts, offer: None, isolated: false, snapshot_every: OFTEN };
         let cluster = Cluster::start(&folder.0, options).await.expect("the cluster comes up");
         cluster.create_tenant(TENANT).await.expect("a tenant is created");
         let client = cluster.client().expect("a client");

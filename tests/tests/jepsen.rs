@@ -5,6 +5,7 @@ use jepsen::{
     nemesis::Family,
     run,
     verdict::{Verdict, skipped},
+    workload::ALL,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -15,7 +16,7 @@ async fn half_a_minute_of_kills_pauses_and_partitions_breaks_no_promise() {
         skipped("jepsen: partitions", &obstacle);
         families.remove(0);
     }
-    let plan = run::Plan { seconds: 30, seed: 1, families, folder: folder.clone() };
+    let plan = run::Plan { seconds: 30, seed: 1, families, workloads: ALL.to_vec(), folder: folder.clone() };
     let report = run::run(&plan).await.expect("the harness works");
     report.print(&folder);
     assert_eq!(report.verdict, Verdict::Pass, "kept in {}: {:?} {:?}", folder.display(), report.findings, report.gaps);

@@ -118,7 +118,7 @@ pub struct HostSettings {
     /// Simulated: seed of delays and failures [default: 1]
     #[arg(long, value_name = "NUMBER")]
     simulated_seed: Option<u64>,
-    /// Simulated: append each effect on a guest to this file, a JSON object a line
+    /// Simulated, for test harnesses: append each effect on a guest to this file, a JSON object a line
     #[arg(long, value_name = "FILE")]
     simulated_effects: Option<PathBuf>,
 }

@@ -101,7 +101,7 @@ fn possible_calls(operations: &[&Operation]) -> Vec<Call> {
             Function::Read => Action::Read(values.content(&operation.answered)),
             Function::Write => Action::Write(values.content(&operation.asked)),
             Function::Cas => Action::Cas(values.content(&operation.asked[0]), values.content(&operation.asked[1])),
-            Function::Add | Function::List => continue,
+            _ => continue,
         };
         calls.push(Call { action, start: operation.start, end });
     }

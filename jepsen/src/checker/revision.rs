@@ -79,6 +79,7 @@ mod tests {
             start,
             end,
             node: String::new(),
+            req: String::new(),
             rev: Some(rev),
             error: String::new(),
         }

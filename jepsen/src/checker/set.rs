@@ -82,6 +82,7 @@ mod tests {
             start,
             end,
             node: String::new(),
+            req: String::new(),
             rev: None,
             error: String::new(),
         }

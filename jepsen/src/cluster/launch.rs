@@ -227,7 +227,11 @@ impl Cluster {
             "--output",
             "json",
         ];
-        self.once(host, &arguments.map(str::to_owned))?;
+        let mut arguments = arguments.map(str::to_owned).to_vec();
+        if let Some((vcpus, memory)) = self.offer {
+            arguments.extend(["--vcpus".to_owned(), vcpus.to_string(), "--memory".to_owned(), memory.to_string()]);
+        }
+        self.once(host, &arguments)?;
         self.agents.push(member);
         self.run_agent(number)
     }

@@ -12,21 +12,50 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
-use super::{Asked, PAUSE, Worker};
+use super::{Asked, Evidence, PAUSE, Site, Worker, Workload};
 use crate::{
+    chance::Chance,
+    checker::{self, Finding},
     client::{Answer, Client},
     history::Function,
 };
 
+/// With four keys in use, fewer than twelve clients at a key at any time.
+const CLIENTS: usize = 6;
 /// Keys in use at one time: few, so that clients meet on them.
 const KEYS: u64 = 4;
 /// Operations on a key before it is retired.
 const OPERATIONS_PER_KEY: u64 = 300;
 
+pub struct Registers;
+
+impl Workload for Registers {
+    fn name(&self) -> &'static str {
+        "register"
+    }
+
+    fn needs(&self) -> &'static [Function] {
+        &[Function::Read, Function::Write, Function::Cas]
+    }
+
+    fn start(&self, site: &Site<'_>, chance: &mut Chance) -> anyhow::Result<Vec<JoinHandle<()>>> {
+        let numbers = Arc::new(Numbers::default());
+        (0..CLIENTS).map(|_| Ok(tokio::spawn(work(site.worker(chance)?, numbers.clone())))).collect()
+    }
+
+    fn judge(&self, evidence: &Evidence<'_>) -> Vec<(&'static str, Finding)> {
+        vec![
+            ("register: linearizable", checker::register::check(evidence.operations)),
+            ("register: indexes move forwards", checker::revision::check(evidence.operations)),
+        ]
+    }
+}
+
 /// Numbers that all register clients share.
 #[derive(Default)]
-pub struct Numbers {
+struct Numbers {
     operations: AtomicU64,
     values: AtomicU64,
 }
@@ -35,7 +64,7 @@ pub struct Numbers {
 type Seen = (Value, u64);
 
 /// Works until the run is over.
-pub async fn work(mut worker: Worker, numbers: Arc<Numbers>) {
+async fn work(mut worker: Worker, numbers: Arc<Numbers>) {
     let mut seen: HashMap<String, Seen> = HashMap::new();
     while !worker.shared.is_over() {
         let key = key(numbers.operations.fetch_add(1, Ordering::Relaxed));

@@ -59,7 +59,7 @@ pub struct SimulatedConfig {
     /// Of a thousand disks made or guests started, so many fail, and may succeed when tried again.
     pub failure_permille: u64,
     pub seed: u64,
-    /// One JSON line for each effect on a guest: what really happened, to compare with what was reported.
+    /// For a harness: one JSON line for each effect on a guest, what really happened.
     pub effects: Option<PathBuf>,
 }
 
@@ -72,6 +72,8 @@ pub struct Simulated {
 
 struct State {
     guests: BTreeMap<VmId, SimGuest>,
+    /// The end of the lease when guests were last held to it; 0: never. CLOCK_BOOTTIME.
+    lease_end_nanos: u64,
     random: u64,
 }
 
@@ -92,9 +94,13 @@ impl Simulated {
             }
         }
         let effects = EffectLog::new(config.effects.clone(), config.host.clone());
-        let state = Mutex::new(State { guests, random: config.seed });
+        let state = Mutex::new(State { guests, lease_end_nanos: 0, random: config.seed });
         let simulated = Self { config, dirs, effects, state };
         simulated.end_those_of_an_earlier_boot()?;
+        // An agent that was killed between the two had noted the end and not told of it.
+        for guest in simulated.lock().guests.values().filter(|guest| !guest.is_on()) {
+            simulated.effects.append(guest, Effect::Stop);
+        }
         Ok(simulated)
     }
 
@@ -412,8 +418,14 @@ impl Hypervisor for Simulated {
         migration::cancel(self, vm)
     }
 
+    /// In place of a guard that nothing holds up: what it stops has stopped at the end of the lease, also when this
+    /// process was not there to see it.
     fn enforce(&self, permit: &Permit, boottime_nanos: u64) -> Result<()> {
         let mut state = self.lock();
+        let ended = [permit.until, state.lease_end_nanos].into_iter().find(|end| (1..=boottime_nanos).contains(end));
+        state.lease_end_nanos = permit.until;
+        let (slept, now) = (clock::boottime_nanos().saturating_sub(now_nanos()), now_nanos());
+        let ended = ended.map_or(now, |end| end.saturating_sub(slept));
         for guest in state.guests.values_mut().filter(|guest| guest.is_on()) {
             let held = match permit.verdict(guest.vm, Some(guest.epoch), boottime_nanos) {
                 Verdict::Stop => true,
@@ -422,7 +434,10 @@ impl Hypervisor for Simulated {
             };
             if held != guest.held {
                 guest.held = held;
-                self.effects.append(guest, if held { Effect::Pause } else { Effect::Continue });
+                // One that was started since ran until now.
+                let stopped = if ended > guest.on_since_nanos { ended } else { now };
+                let (effect, time) = if held { (Effect::Pause, stopped) } else { (Effect::Continue, now) };
+                self.effects.append_at(time, guest, effect);
                 self.dirs.write(guest.vm, guest)?;
             }
         }

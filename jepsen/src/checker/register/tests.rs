@@ -21,6 +21,7 @@ fn operations(rows: &[Row]) -> Vec<Operation> {
             start: *start,
             end: if *outcome == Kind::Info { u64::MAX } else { *end },
             node: String::new(),
+            req: String::new(),
             rev: None,
             error: String::new(),
         })

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use model::VmId;
+use model::{Mac, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::super::{Guest, GuestSpec, GuestUsage, HypervisorError, OffReason, Result};
@@ -29,6 +29,9 @@ pub struct SimGuest {
     pub vcpus: u64,
     pub memory_bytes: u64,
     pub disk_bytes: u64,
+    /// The addresses that it has while it is on.
+    #[serde(default)]
+    pub macs: Vec<Mac>,
     pub power: Power,
     /// Since when it has been on, on this machine's monotonic clock.
     pub on_since_nanos: u64,
@@ -76,6 +79,7 @@ impl SimGuest {
             vcpus: spec.size.vcpus,
             memory_bytes: spec.size.memory_bytes,
             disk_bytes: spec.size.disk_bytes,
+            macs: spec.nics.iter().map(|nic| nic.mac).collect(),
             power: Power::Made,
             on_since_nanos: 0,
             off_at_nanos: None,

@@ -2,10 +2,16 @@
 
 use std::fs;
 
-use model::ImageFormat;
+use model::{ImageFormat, Mac, NetworkId};
 
 use super::*;
-use crate::hypervisor::contract::{Subject, migration, run};
+use crate::{
+    hypervisor::{
+        GuestNic,
+        contract::{Subject, migration, run},
+    },
+    lease::{Machine, Standing},
+};
 
 fn config(dir: &std::path::Path) -> SimulatedConfig {
     SimulatedConfig {
@@ -168,4 +174,30 @@ fn from_outside_a_guest_is_on_until_the_power_is_cut() {
     assert_eq!(outside::guests(dir.path()).unwrap(), []);
     let found = Simulated::open(config(dir.path())).unwrap().guests().unwrap();
     assert!(found.iter().all(|guest| guest.power == GuestPower::Off(OffReason::Crashed)), "{found:?}");
+}
+
+#[test]
+fn a_guest_that_may_not_run_has_stopped_at_the_end_of_the_lease_whoever_was_there_to_see_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let h = Simulated::open(config(dir.path())).unwrap();
+    let nic = GuestNic { network: NetworkId(1), mac: Mac([2, 0, 0, 0, 0, 9]), bridge: "tfb1".into(), mtu: 1450 };
+    let spec = GuestSpec { nics: vec![nic], ..spec(1) };
+    h.make_disk(&spec).unwrap();
+    h.start(&spec).unwrap();
+    let machines = vec![Machine { vm: VmId(1), epoch: 10, standing: Standing::Leased }];
+    let until = clock::boottime_nanos();
+    let permit = Permit { incarnation: 1, until, machines };
+    let ended = now_nanos();
+    h.enforce(&permit, until - 1).unwrap();
+    // The agent is held up.
+    let late = until + 60_000_000_000;
+    h.enforce(&permit, late).unwrap();
+    h.enforce(&Permit { until: late + 1, ..permit }, late).unwrap();
+    let effects = fs::read_to_string(dir.path().join("effects")).unwrap();
+    let lines: Vec<serde_json::Value> = effects.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let kinds: Vec<_> = lines.iter().map(|line| line["effect"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["start", "pause", "continue"], "{effects}");
+    let paused = lines[1]["time_ns"].as_u64().unwrap();
+    assert!(paused <= ended && paused >= lines[0]["time_ns"].as_u64().unwrap(), "{effects}");
+    assert_eq!(lines[0]["macs"], serde_json::json!(["02:00:00:00:00:09"]), "it has its address while it is on");
 }

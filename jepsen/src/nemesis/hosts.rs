@@ -1,0 +1,151 @@
+//! Hosts that are hurt: their agents killed or stopped, their links cut, their power gone.
+//!
+//! Hosts are simulated, and so is their guard: what it would have stopped at the end of a lease counts as stopped then,
+//! also while the agent is dead or stopped. What a real guard does is tested on real hosts.
+
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+
+use crate::{
+    chance::Chance,
+    cluster::Cluster,
+    effect::{self, Span},
+};
+
+/// A lease, its margin, and a failover of the controllers: a host that is still not given up after it never will be.
+const GIVEN_UP: Duration = Duration::from_secs(20);
+/// After it: its machines are started elsewhere while it is still gone.
+const ELSEWHERE: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Harm {
+    /// Its guests run on meanwhile, and nobody notices.
+    KillAgent,
+    /// SIGSTOP until the host is given up, then SIGCONT.
+    StopAgent,
+    /// From everybody, until it is given up.
+    CutHost,
+    /// Until it is given up; its guests end with it.
+    CutPower,
+}
+
+impl Harm {
+    pub const ALL: [Self; 4] = [Self::CutHost, Self::KillAgent, Self::CutPower, Self::StopAgent];
+}
+
+impl fmt::Display for Harm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::KillAgent => "kill agent",
+            Self::StopAgent => "stop agent",
+            Self::CutHost => "cut host",
+            Self::CutPower => "cut power",
+        })
+    }
+}
+
+/// What is to be undone.
+pub struct Held {
+    harm: Harm,
+    agent: usize,
+}
+
+/// What it has to say for itself.
+#[derive(Default)]
+pub struct Said {
+    pub evidence: String,
+    /// Empty, or why it does not count.
+    pub doubt: String,
+}
+
+/// # Errors
+/// When the harness itself fails.
+pub fn begin(cluster: &mut Cluster, harm: Harm, chance: &mut Chance, said: &mut Said) -> anyhow::Result<Held> {
+    let agent = busiest(cluster, chance)?;
+    match harm {
+        Harm::KillAgent => {
+            doubt_unless(cluster.kill_agent(agent)?, "it did not die of SIGKILL", said);
+            cluster.restart_agent(agent)?;
+            said.evidence = "died of SIGKILL, and came back at once".into();
+        }
+        Harm::CutPower => {
+            doubt_unless(cluster.cut_power(agent)?, "it did not die of SIGKILL", said);
+            said.evidence = "died of SIGKILL".into();
+        }
+        Harm::StopAgent => {
+            doubt_unless(cluster.pause_agent(agent)?, "the kernel did not show it as stopped", said);
+            said.evidence = "state T".into();
+        }
+        Harm::CutHost => cluster.cut_host(agent)?,
+    }
+    Ok(Held { harm, agent })
+}
+
+impl Held {
+    /// The name of the host.
+    pub fn hit(&self, cluster: &Cluster) -> String {
+        cluster.agent_name(self.agent).to_owned()
+    }
+
+    /// Waits until it has done what it is for, and undoes it.
+    ///
+    /// # Errors
+    /// When the harness itself fails.
+    pub async fn end(self, cluster: &mut Cluster, said: &mut Said) -> anyhow::Result<()> {
+        if self.harm != Harm::KillAgent {
+            let lost = given_up(cluster, self.agent).await;
+            doubt_unless(lost, "the host was never given up", said);
+            tokio::time::sleep(ELSEWHERE).await;
+        }
+        match self.harm {
+            Harm::KillAgent => {}
+            Harm::CutPower => cluster.restart_agent(self.agent)?,
+            Harm::StopAgent => cluster.resume_agent(self.agent)?,
+            Harm::CutHost => {
+                let dropped = cluster.dropped()?;
+                cluster.heal_links()?;
+                doubt_unless(dropped > 0, "no packet met the cut", said);
+                said.evidence = format!("{dropped} packets dropped");
+            }
+        }
+        if self.harm != Harm::KillAgent && said.doubt.is_empty() {
+            said.evidence += ", given up";
+        }
+        Ok(())
+    }
+}
+
+fn doubt_unless(so: bool, why: &str, said: &mut Said) {
+    if !so && said.doubt.is_empty() {
+        said.doubt = why.into();
+    }
+}
+
+async fn given_up(cluster: &Cluster, agent: usize) -> bool {
+    let deadline = Instant::now() + GIVEN_UP;
+    while Instant::now() < deadline {
+        if cluster.host_state(agent).await == "lost" {
+            return true;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    false
+}
+
+/// The host on which most guests run; among equals, or when none runs, one by chance.
+fn busiest(cluster: &Cluster, chance: &mut Chance) -> anyhow::Result<usize> {
+    let spans = effect::spans(&effect::read(&cluster.effects(), 0)?);
+    let on = |agent: usize| {
+        let here = |span: &&Span| span.to == u64::MAX && span.host == cluster.agent_name(agent);
+        spans.iter().filter(here).count()
+    };
+    let first = chance.below(cluster.agents());
+    let agents = (0..cluster.agents()).map(|n| (first + n) % cluster.agents());
+    Ok(agents.max_by_key(|agent| on(*agent)).unwrap_or(first))
+}
