@@ -8,7 +8,7 @@ use raft::ProposeError;
 use tokio::time::{sleep, timeout};
 
 use crate::{
-    core::{Core, boottime, now},
+    core::{Core, boottime},
     keep,
 };
 
@@ -58,7 +58,8 @@ async fn plan_on(core: &Core, term: u64) {
     loop {
         applied.borrow_and_update();
         let heard = core.hear(|ears| ears.clone());
-        let commands = core.replica.read(|state| plan::plan(state, &heard, now()));
+        let now = core.replica.now();
+        let commands = core.replica.read(|state| plan::plan(state, &heard, now));
         let proposed = join_all(commands.into_iter().map(|command| propose(core, term, command))).await;
         if proposed.iter().any(|done| !done) {
             sleep(TICK).await;
