@@ -121,6 +121,14 @@ pub fn format(global: &Global) -> Result<Format, (ApiError, Format)> {
     }
 }
 
+/// What the configuration file alone says, and where it is: for whoever runs without this process's environment.
+///
+/// # Errors
+/// When it cannot be read or is not valid.
+pub fn file(global: &Global) -> Result<(ConfigFile, PathBuf), ApiError> {
+    read_file(global, &variable)
+}
+
 /// The file, and where it is or would be. Only a file that was asked for must exist.
 fn read_file(global: &Global, variable: &impl Fn(&str) -> Option<String>) -> Result<(ConfigFile, PathBuf), ApiError> {
     let asked = global.config.clone().or_else(|| variable("TREFOIL_CONFIG").map(PathBuf::from));

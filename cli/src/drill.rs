@@ -5,9 +5,10 @@
 //!             the background client, the cloud's own word and the hosts' processes are written into one timeline
 //! ```
 //!
-//! `kind` is what drills there are, `check` what must be so before; `run` plays one, on a `stage`; `quorum`, `host` and
-//! `backup` are the acts, `heal` undoes them. `load`, `watch` and `truth` look and write into the `record`. `timeline`,
-//! `report` and `page` are pure: what follows from what was seen, and how it is shown. `scene` makes and removes what a
+//! `kind` is what drills there are, `check` what must be so before; `run` plays one, on a `stage`; `quorum`,
+//! `majority`, `clock`, `host` and `backup` are the acts, `heal` undoes them. `load`, `watch` and `truth` look and write into the `record`. `timeline`,
+//! `report` and `page` are pure: what follows from what was seen, and how it is shown; `kept` keeps them, `schedule` lets
+//! systemd run drills. `scene` makes and removes what a
 //! drill needs of its own.
 //!
 //! Only the public API and the description of a cloud of `trefoil up` are used. Deliberately not here: faults by chance
@@ -15,7 +16,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use api::error::ApiError;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -23,6 +24,7 @@ use serde::Serialize;
 use crate::{
     arguments::Global,
     lab::Placement,
+    moment::now_millis,
     output::{self, Format, Rows},
     quantity::duration,
 };
@@ -33,16 +35,20 @@ use report::{Distribution, Report, Verdict, distributions, overall};
 mod ask;
 mod backup;
 mod check;
+mod clock;
 mod heal;
 mod host;
+mod kept;
 mod kind;
 mod load;
+mod majority;
 mod page;
 mod quorum;
 mod record;
 mod report;
 mod run;
 mod scene;
+mod schedule;
 mod stage;
 mod text;
 mod timeline;
@@ -57,6 +63,9 @@ pub enum DrillCommand {
     /// Runs a drill; ends with 0 only when all recovered and no rule was broken
     #[command(after_help = EXAMPLES)]
     Run(RunArgs),
+    /// Lets systemd on this machine run a drill by the calendar, and keep its results; lists and removes what is scheduled
+    #[command(after_help = schedule::EXAMPLES)]
+    Schedule(schedule::ScheduleArgs),
 }
 
 const EXAMPLES: &str = "\
@@ -73,6 +82,22 @@ pub struct RunArgs {
     #[arg(value_enum)]
     kind: Kind,
     #[command(flatten)]
+    how: How,
+    /// Writes the report to this file too, as a page for a browser
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Keeps result (JSON) and page in this directory, under a name with the time; the newest hundred of each drill stay
+    #[arg(long, value_name = "DIRECTORY")]
+    keep: Option<PathBuf>,
+    /// Everything but the fault; its verdict is always unknown
+    #[arg(long)]
+    rehearsal: bool,
+}
+
+/// What a drill that is run and one that is scheduled have in common.
+#[derive(Args, Clone, Debug)]
+pub struct How {
+    #[command(flatten)]
     placement: Placement,
     /// Not the cloud of `trefoil up` but the one of the client's configuration; the tenant's tag 'drill' must allow it
     #[arg(long)]
@@ -80,9 +105,6 @@ pub struct RunArgs {
     /// So many runs, one after the other
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MOST_RUNS))]
     times: u16,
-    /// Writes the report to this file too, as a page for a browser
-    #[arg(long, value_name = "FILE")]
-    report: Option<PathBuf>,
     /// Makes machines of the drill's own from this disk image, and removes them afterwards
     #[arg(long, value_name = "FILE", conflicts_with = "live")]
     image: Option<PathBuf>,
@@ -95,9 +117,6 @@ pub struct RunArgs {
     /// How long the fault lasts after what it should cause was seen
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "3s")]
     hold: Duration,
-    /// Everything but the fault; its verdict is always unknown
-    #[arg(long)]
-    rehearsal: bool,
 }
 
 /// A run takes half a minute; a day of them is enough.
@@ -140,13 +159,17 @@ pub async fn drill(command: DrillCommand, global: &Global, format: Format) -> Re
             let all: Vec<About> = Kind::value_variants().iter().map(|kind| kind.about()).collect();
             return Ok(output::print(format, &all, || list(&all))?);
         }
+        DrillCommand::Schedule(args) => return schedule::schedule(args, global, format).await,
         DrillCommand::Run(args) => args,
     };
     let (runs, left) = run::all(&args, global).await?;
     let outcome = Outcome { verdict: overall(&runs), distributions: distributions(&runs), runs, left };
+    let page = || page::render(&outcome.runs, &outcome.distributions);
     if let Some(path) = &args.report {
-        let page = page::render(&outcome.runs, &outcome.distributions);
-        std::fs::write(path, page).map_err(|e| anyhow::anyhow!("cannot write {}: {e}", path.display()))?;
+        std::fs::write(path, page()).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if let Some(folder) = &args.keep {
+        kept::keep(folder, args.kind, now_millis(), &serde_json::to_string_pretty(&outcome)?, &page())?;
     }
     output::print(format, &outcome, || text::render(&outcome.runs, &outcome.distributions, &outcome.left))?;
     let name = args.kind.name();
@@ -159,9 +182,6 @@ pub async fn drill(command: DrillCommand, global: &Global, format: Format) -> Re
 }
 
 fn list(all: &[About]) -> String {
-    let row = |about: &About| {
-        let cannot = about.cannot.map(|why| format!(": {why}")).unwrap_or_default();
-        vec![about.drill.name(), about.does.into(), about.needs.into(), format!("{}{cannot}", about.runs_on)]
-    };
+    let row = |about: &About| vec![about.drill.name(), about.does.into(), about.needs.into(), about.runs_on.into()];
     Rows::new(&["DRILL", "DOES", "NEEDS", "RUNS ON"], all.iter().map(row)).render(None)
 }

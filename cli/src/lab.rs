@@ -6,7 +6,7 @@
 //!
 //! `cloud` is what there is, written to `cloud.json`; `process` starts and ends processes by identity; `place` is the
 //! namespaces that a command runs in; `switch` and `host` make them, `init` is the first process of a host. `act` is
-//! what can be done to its members, `homes` where its machines run in truth; `up`, `down` and `hand` are the commands. Deliberately not here: anything that a real installation needs.
+//! what can be done to its members, `refound` the way out of a lost majority, `homes` where its machines run in truth; `up`, `down` and `hand` are the commands. Deliberately not here: anything that a real installation needs.
 
 pub mod act;
 mod cloud;
@@ -18,11 +18,12 @@ mod init;
 pub mod member;
 mod place;
 pub mod process;
+pub mod refound;
 pub mod switch;
 mod telling;
 mod up;
 
-pub use cloud::{Cloud, LabHypervisor, Placement};
+pub use cloud::{Cloud, LabHypervisor, Placement, write_private};
 pub use down::{DownArgs, down};
 pub use hand::{LabCommand, lab};
 pub use place::Place;

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use api::{
@@ -10,7 +10,7 @@ use api::{
     proto::ReadAt,
     tls::{CertificateAuthority, Identity},
 };
-use model::{Actor, Command, Rejection, Reply, Request, State, Telemetry, Timestamp};
+use model::{Actor, Command, Rejection, Reply, Request, State, Telemetry};
 use nix::time::{ClockId, clock_gettime};
 use raft::{Committed, Proposal, ProposeError, ReadError, Replica};
 
@@ -49,7 +49,9 @@ impl Core {
         let stale = matches!(freshness, Freshness::Stale);
         let age = if stale { self.replica.stale_age() } else { Some(Duration::ZERO) };
         let age_millis = age.map_or(u64::MAX, |age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
-        Ok(self.replica.read_indexed(|state, index| (look(state), ReadAt { index, stale, age_millis })))
+        Ok(self.replica.read_indexed(|state, index| {
+            (look(state), ReadAt { index, stale, age_millis, time_millis: state.now().0 })
+        }))
     }
 
     pub async fn linearize(&self) -> Result<(), ApiError> {
@@ -136,12 +138,6 @@ pub(crate) fn boottime() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("every supported kernel has CLOCK_BOOTTIME");
     let seconds = u64::try_from(now.tv_sec()).unwrap_or(0);
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec()).unwrap_or(0)
-}
-
-/// The wall clock, for entries' times and for deadlines that people read.
-pub(crate) fn now() -> Timestamp {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
 pub(crate) fn read_error(error: ReadError) -> ApiError {

@@ -8,7 +8,7 @@ use raft::ProposeError;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
-    core::{Core, boottime, now},
+    core::{Core, boottime},
     keep,
 };
 
@@ -65,10 +65,11 @@ async fn plan_on(core: &Core, term: u64) {
         if watch {
             watched = Instant::now();
         }
+        let now = core.replica.now();
         let commands = core.replica.read(|state| {
             core.hear(|ears| match watch {
-                true => plan::plan(state, ears, now()),
-                false => plan::work(state, ears, now()),
+                true => plan::plan(state, ears, now),
+                false => plan::work(state, ears, now),
             })
         });
         let proposed = join_all(commands.into_iter().map(|command| propose(core, term, command))).await;

@@ -2,16 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use model::ControllerId;
+use model::{ControllerId, Timestamp};
 use openraft::{Instant as _, async_runtime::WatchReceiver};
 use storage::failure::OnFailure;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use crate::{
+    clock::CloudClock,
     dialect::Raft,
     error::ReadError,
     machine::Machine,
@@ -41,8 +42,7 @@ pub struct Core {
     /// What goes to the leader.
     pub forwards: mpsc::Sender<Forward>,
     pub in_flight: Semaphore,
-    /// The last time that was stamped into an entry.
-    pub stamped: AtomicU64,
+    pub clock: CloudClock,
     /// From whom a stream of entries has broken.
     pub broken: mpsc::Sender<ControllerId>,
     /// When this replica last heard from a leader that it follows.
@@ -62,6 +62,11 @@ const DEPOSED_GRACE: Duration = Duration::from_millis(250);
 impl Core {
     pub fn leadership(&self) -> Leadership {
         *self.leadership.borrow()
+    }
+
+    /// The cloud's time, as an entry that is made now would carry it.
+    pub fn now(&self) -> Timestamp {
+        self.clock.read(self.machine.read(|state, _| state.now()))
     }
 
     pub fn stopping(&self) -> bool {

@@ -16,6 +16,7 @@ mod proto {
     tonic::include_proto!("trefoil.raft.v1");
 }
 
+mod clock;
 mod core;
 mod dialect;
 mod error;

@@ -10,13 +10,10 @@
 //! An error says exactly what is known: `NoQuorum`, `NotLeader` and `Overloaded` mean that nothing was proposed.
 //! A request with an id is tried again here while its proposer waits, because the state machine knows it again.
 
-use std::{
-    sync::atomic::Ordering,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::Duration;
 
 use futures::future::join_all;
-use model::{Actor, Applied, Command, Entry, OperatorCommand, Timestamp, command::Request};
+use model::{Actor, Applied, Command, Entry, OperatorCommand, command::Request};
 use openraft::errors::ClientWriteError;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::SemaphorePermit, time::Instant};
@@ -90,10 +87,11 @@ impl Core {
                 Attempt::Unknown => unclear = true,
                 Attempt::NotProposed => {}
             }
+            // Before the next attempt and not after it: one that begins too late would be broken off, and unclear.
+            self.pause(seen).await;
             if Instant::now() >= deadline {
                 return Err(if unclear { ProposeError::Unknown } else { ProposeError::NoQuorum });
             }
-            self.pause(seen).await;
         }
     }
 
@@ -150,14 +148,7 @@ impl Core {
     /// An entry as it will stand in the log, with the time of now.
     pub fn stamped(&self, proposal: Proposal) -> EncodedEntry {
         let Proposal { request, actor, command } = proposal;
-        EncodedEntry(wire::to_bytes(&Entry { at: self.stamp(), request, actor, command }).into())
-    }
-
-    /// Never goes back while this controller runs; `apply` keeps it from going back across leaders.
-    fn stamp(&self) -> Timestamp {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let now = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-        Timestamp(self.stamped.fetch_max(now, Ordering::SeqCst).max(now))
+        EncodedEntry(wire::to_bytes(&Entry { at: self.now(), request, actor, command }).into())
     }
 
     fn permit(&self, bytes: usize) -> Result<SemaphorePermit<'_>, ProposeError> {

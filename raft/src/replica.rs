@@ -3,11 +3,11 @@
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use model::{Command, ControllerId, State};
+use model::{Command, ControllerId, State, Timestamp};
 use openraft::{BasicNode, Config, Instant as _, SnapshotPolicy, async_runtime::WatchReceiver, errors::RaftError};
 use storage::{
     failure::{self, OnFailure, StorageError},
@@ -22,6 +22,7 @@ use tokio::{
 };
 
 use crate::{
+    clock::CloudClock,
     core::{Core, SharedCore},
     dialect::Raft,
     error::{MembershipError, OpenError, ProposeError, ReadError},
@@ -172,7 +173,7 @@ impl Replica {
             appends,
             forwards,
             in_flight: Semaphore::new(IN_FLIGHT_UNITS),
-            stamped: AtomicU64::new(0),
+            clock: CloudClock::begin(),
             broken,
             contact: Mutex::new(None),
             stopping: watch::Sender::new(false),
@@ -266,6 +267,12 @@ impl Replica {
     /// As [`Self::read`], with the applied index that the state is of.
     pub fn read_indexed<T>(&self, f: impl FnOnce(&State, u64) -> T) -> T {
         self.core.machine.read(f)
+    }
+
+    /// The cloud's time, as this controller carries it on: not the wall clock's when that was stepped. Not to be asked for
+    /// inside [`Self::read`].
+    pub fn now(&self) -> Timestamp {
+        self.core.now()
     }
 
     /// How long ago a quorum confirmed this leader, or this follower heard from a leader. `None`: never.

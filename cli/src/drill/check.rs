@@ -8,6 +8,7 @@ use api::{
 
 use super::{
     ask::{self, ask},
+    clock,
     kind::Kind,
 };
 use crate::lab::{Cloud, LabHypervisor};
@@ -27,13 +28,15 @@ pub fn refused(why: impl Into<String>) -> ApiError {
 /// Why it cannot run here.
 pub fn kind(kind: Kind, cloud: Option<&Cloud>) -> Result<(), ApiError> {
     let about = kind.about();
-    if let Some(why) = about.cannot {
-        return Err(ApiError::new("unimplemented", format!("{} cannot be injected: {why}", kind.name())));
-    }
     let Some(cloud) = cloud else {
         let why = format!("{} runs on {} only; on a live cloud it would hurt others", kind.name(), about.runs_on);
         return if about.live { Ok(()) } else { Err(refused(why)) };
     };
+    if kind == Kind::ClockStep && clock::library().is_none() {
+        return Err(refused(
+            "clock-step gives one controller a wall clock of its own by libfaketime: install the package libfaketime",
+        ));
+    }
     if kind.takes_libvirt() && cloud.hypervisor == LabHypervisor::Simulated {
         return Err(refused(format!(
             "{} needs hosts of their own: simulated ones share one network and have no guard",
@@ -70,7 +73,11 @@ pub async fn health(kind: Kind, client: &Client) -> Result<(), ApiError> {
     if let Some(broken) = checked.broken.first() {
         return Err(refused(format!("a rule is broken already: {}: {}", broken.rule, broken.sentence)));
     }
-    let brake = ask!(client, get_recovery, RecoveryRequest { stale: false })?.brake;
+    let recovery = ask!(client, get_recovery, RecoveryRequest { stale: false })?;
+    if recovery.refounding.is_some() {
+        return Err(refused("the cloud is still put together after a refounding: see 'trefoil recovery status'"));
+    }
+    let brake = recovery.brake;
     if kind.hits_a_host() && brake != "armed" {
         return Err(refused(format!("recovery is {brake}: 'trefoil recovery arm' first")));
     }
@@ -149,10 +156,12 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_injected_says_why() {
+    fn what_cannot_be_injected_here_says_why() {
         let simulated = cloud(LabHypervisor::Simulated, 3);
-        let refusal = kind(Kind::ClockStep, Some(&simulated)).unwrap_err();
-        assert!(refusal.code == "unimplemented" && refusal.message.contains("one wall clock"), "{refusal}");
+        if clock::library().is_none() {
+            let refusal = kind(Kind::ClockStep, Some(&simulated)).unwrap_err();
+            assert!(refusal.code == "precondition" && refusal.message.contains("package libfaketime"), "{refusal}");
+        }
         assert_eq!(kind(Kind::AgentHang, Some(&simulated)).unwrap_err().code, "precondition");
         assert!(kind(Kind::NodePower, Some(&simulated)).is_ok());
         let small = cloud(LabHypervisor::Simulated, 1);

@@ -14,14 +14,20 @@ use nix::sys::signal::Signal;
 use tokio::time::{Instant, sleep};
 
 use super::ask::{tell, unless};
-use crate::lab::{Cloud, act, member, process::ProcessId};
+use crate::lab::{Cloud, act, member, process::ProcessId, refound};
 
 #[derive(Clone, Debug)]
 pub enum Heal {
     /// A controller or a host runs, and its agent.
     Start(String),
+    /// A controller runs as it would without the drill.
+    Restart(String),
     /// A controller that lost its data votes again.
     Rejoin(String),
+    /// Where no majority is left, this controller is the whole quorum.
+    Refound(String),
+    /// Nothing runs of an old voter, and nothing is kept of it.
+    Expel(String),
     Plug(String),
     Continue(String, ProcessId),
     /// Machine and tenant.
@@ -48,7 +54,10 @@ impl fmt::Display for Heal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Start(name) => write!(f, "{name} is started"),
+            Self::Restart(name) => write!(f, "{name} is started as it was"),
             Self::Rejoin(name) => write!(f, "{name} joins anew"),
+            Self::Refound(name) => write!(f, "{name} goes on alone, as a new quorum"),
+            Self::Expel(name) => write!(f, "what is left of the old {name} is thrown away"),
             Self::Plug(name) => write!(f, "the cable of {name} is plugged in"),
             Self::Continue(name, process) => write!(f, "the agent of {name} goes on (SIGCONT to {})", process.pid),
             Self::DeleteVm { vm, .. } => write!(f, "the machine {vm} is deleted"),
@@ -62,6 +71,8 @@ impl fmt::Display for Heal {
 
 /// What is deleted holds what it was made from until its host says that it is gone.
 const IN_USE: Duration = Duration::from_secs(60);
+/// A controller that leads hands over first.
+const POLITE: Duration = Duration::from_secs(10);
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 impl Heal {
@@ -85,10 +96,22 @@ impl Heal {
     async fn attempt(&self, cloud: Option<&mut Cloud>, client: &Client) -> Result<()> {
         match self {
             Self::Start(name) => start(of_up(cloud)?, name).await,
+            Self::Restart(name) => {
+                let cloud = of_up(cloud)?;
+                if runs(cloud, name) {
+                    act::end(cloud, name, POLITE).await?;
+                }
+                start(cloud, name).await
+            }
             Self::Rejoin(name) => {
                 let cloud = of_up(cloud)?;
                 if runs(cloud, name) { Ok(()) } else { act::wipe(cloud, name).await.map(|_| ()) }
             }
+            Self::Refound(name) => {
+                let cloud = of_up(cloud)?;
+                if has_majority(cloud) { Ok(()) } else { refound::refound(cloud, name).await }
+            }
+            Self::Expel(name) => refound::expel(of_up(cloud)?, name).await,
             Self::Plug(name) => act::plug(of_up(cloud)?, name).await,
             Self::Continue(_, process) => {
                 process.signal(Signal::SIGCONT)?;
@@ -128,6 +151,12 @@ fn runs(cloud: &Cloud, name: &str) -> bool {
     let controllers = cloud.controllers.iter().map(|controller| (&controller.name, controller.process));
     let mut all = controllers.chain(cloud.hosts.iter().map(|host| (&host.name, host.agent)));
     all.any(|(own, process)| own == name && process.is_some_and(|process| process.is_alive()))
+}
+
+/// Whether enough controllers run to agree on anything.
+fn has_majority(cloud: &Cloud) -> bool {
+    let run = cloud.controllers.iter().filter(|controller| runs(cloud, &controller.name)).count();
+    run * 2 > cloud.controllers.len()
 }
 
 fn of_up(cloud: Option<&mut Cloud>) -> Result<&mut Cloud> {

@@ -28,18 +28,11 @@ pub struct About {
     pub runs_on: &'static str,
     #[serde(skip)]
     pub live: bool,
-    /// Why no version of this program can do it yet.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cannot: Option<&'static str>,
 }
 
 const UP: &str = "a cloud of `trefoil up`";
 const UP_LIBVIRT: &str = "a cloud of `trefoil up` with libvirt";
 const ANY: &str = "a cloud of `trefoil up`; a live one by tag";
-
-pub const CLOCK: &str = "the kernel has one wall clock for all controllers and hosts of one machine, so it cannot be \
-                         stepped for one of them; leases do not look at it (ADR 0014)";
-pub const MAJORITY: &str = "no drill heals it yet; by hand `trefoil quorum recover` does";
 
 impl Kind {
     /// As it is typed.
@@ -48,7 +41,7 @@ impl Kind {
     }
 
     pub fn about(self) -> About {
-        let row = |does, needs, runs_on| About { drill: self, does, needs, runs_on, live: false, cannot: None };
+        let row = |does, needs, runs_on| About { drill: self, does, needs, runs_on, live: false };
         match self {
             Self::LeaderKill => {
                 row("ends the leading controller as kill -9 does, later starts it again", "3 voters that agree", UP)
@@ -82,18 +75,21 @@ impl Kind {
                 "3 voters that agree",
                 UP,
             ),
-            Self::ClockStep => About {
-                cannot: Some(CLOCK),
-                ..row("steps the wall clock", "a clock of its own for each member", "nowhere yet")
-            },
+            Self::ClockStep => row(
+                "puts the leader's wall clock an hour forward, then an hour behind the true time, later starts it without",
+                "3 voters that agree, the package libfaketime",
+                UP,
+            ),
             Self::BackupRestore => About {
                 live: true,
                 ..row("backs a machine up, makes another one from it, and removes both", "a running machine", ANY)
             },
-            Self::LostMajority => About {
-                cannot: Some(MAJORITY),
-                ..row("ends all controllers but one for ever", "a way back from it", "nowhere yet")
-            },
+            Self::LostMajority => row(
+                "kills all controllers but one for ever and destroys their data; the one that is left goes on alone, \
+                 others join it, and an old voter must not come back",
+                "3 voters that agree, no refounding that is still open",
+                UP,
+            ),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Drills of the controllers: the leader is killed or hands over, one loses its data, one has a full disk.
+//! Drills of one controller: the leader is killed or hands over, one loses its data, one has a full disk.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::lab::{
 };
 
 /// Many elections; who has no leader after it will not get one.
-const ELECTION: Duration = Duration::from_secs(60);
+pub const ELECTION: Duration = Duration::from_secs(60);
 /// A controller that cannot write finds out at the next entry.
 const NOTICE: Duration = Duration::from_secs(30);
 const SECOND: Duration = Duration::from_secs(1);
@@ -26,10 +26,10 @@ const SECOND: Duration = Duration::from_secs(1);
 const NO_SIGNAL: [&str; 2] = ["env", "--ignore-signal=XFSZ"];
 
 /// Who leads, and who else votes.
-struct Quorum {
-    leader: u64,
-    term: u64,
-    others: Vec<u64>,
+pub struct Quorum {
+    pub leader: u64,
+    pub term: u64,
+    pub others: Vec<u64>,
 }
 
 pub async fn leader_kill(stage: &mut Stage) -> Result<()> {
@@ -149,7 +149,7 @@ async fn full(stage: &mut Stage, name: &str, process: ProcessId, at: Micros) -> 
     Ok(())
 }
 
-async fn led(stage: &Stage) -> Result<Quorum> {
+pub async fn led(stage: &Stage) -> Result<Quorum> {
     let QuorumStatusReply { leader, term, controllers, .. } = ask::status(&stage.client).await?;
     let others = controllers.iter().filter(|c| c.role == "voter" && c.id != leader).map(|c| c.id).collect();
     Ok(Quorum { leader, term, others })
@@ -167,7 +167,7 @@ async fn agreed_before(stage: &mut Stage, quorum: &Quorum) {
 }
 
 /// The kernel's word.
-fn gone(stage: &mut Stage, name: &str, process: ProcessId) {
+pub fn gone(stage: &mut Stage, name: &str, process: ProcessId) {
     let what = format!("process {} of {name}", process.pid);
     match process.is_alive() {
         true => stage.findings.doubts.push(format!("{what} is still there")),
@@ -203,12 +203,12 @@ pub async fn whole(stage: &mut Stage) {
     stage.reach("every controller votes, and their states agree", ELECTION, votes).await;
 }
 
-fn name_of(cloud: &Cloud, id: u64) -> Result<String> {
+pub fn name_of(cloud: &Cloud, id: u64) -> Result<String> {
     let found = cloud.controllers.iter().find(|controller| controller.id == id);
     Ok(found.with_context(|| format!("controller-{id} is not one of this cloud's record"))?.name.clone())
 }
 
-fn process_of(cloud: &Cloud, name: &str) -> Result<ProcessId> {
+pub fn process_of(cloud: &Cloud, name: &str) -> Result<ProcessId> {
     let found = cloud.controllers.iter().find(|controller| controller.name == name);
     found.and_then(|controller| controller.process).with_context(|| format!("{name} does not run"))
 }

@@ -17,11 +17,11 @@ use tokio::{
 use super::{
     RunArgs,
     ask::{self, ask},
-    backup, check,
+    backup, check, clock,
     heal::Heal,
     host::{self, Hurt},
     kind::Kind,
-    load, quorum,
+    load, majority, quorum,
     record::Record,
     report::{Findings, Observed, Report, Surroundings},
     scene,
@@ -47,7 +47,7 @@ const SETTLE: Duration = Duration::from_secs(120);
 /// # Errors
 /// When it may not run: then nothing was done to the cloud that is not removed again.
 pub async fn all(args: &RunArgs, global: &Global) -> Result<(Vec<Report>, Vec<String>)> {
-    let cloud = if args.live { None } else { Some(Cloud::load(&args.placement.dir).map_err(no_cloud)?) };
+    let cloud = if args.how.live { None } else { Some(Cloud::load(&args.how.placement.dir).map_err(no_cloud)?) };
     check::kind(args.kind, cloud.as_ref())?;
     let client = match &cloud {
         Some(cloud) => cloud.client()?,
@@ -58,9 +58,9 @@ pub async fn all(args: &RunArgs, global: &Global) -> Result<(Vec<Report>, Vec<St
     }
     .with_deadline(global.timeout);
     check::health(args.kind, &client).await?;
-    let tenant = if args.live { Config::load(global)?.tenant } else { scene::TENANT.to_owned() };
-    let only = if args.live { check::allowed(args.kind, &client, &tenant).await? } else { None };
-    if args.image.is_none() {
+    let tenant = if args.how.live { Config::load(global)?.tenant } else { scene::TENANT.to_owned() };
+    let only = if args.how.live { check::allowed(args.kind, &client, &tenant).await? } else { None };
+    if args.how.image.is_none() {
         check::machines(args.kind, &client).await?;
     }
 
@@ -68,16 +68,16 @@ pub async fn all(args: &RunArgs, global: &Global) -> Result<(Vec<Report>, Vec<St
     let play = async {
         prepare(args, &cloud, &client, &tenant, &mut undo).await?;
         let mut reports = Vec::new();
-        for number in 1..=args.times {
-            if args.times > 1 {
-                eprintln!("── run {number} of {}", args.times);
+        for number in 1..=args.how.times {
+            if args.how.times > 1 {
+                eprintln!("── run {number} of {}", args.how.times);
             }
             let (report, stopped) = one(args, &client, &tenant, only.as_ref()).await?;
             reports.push(report);
             if stopped {
                 break;
             }
-            if number < args.times {
+            if number < args.how.times {
                 tokio::select! {
                     settled = settled(args.kind, &client) => settled?,
                     () = asked_to_end()? => break,
@@ -107,10 +107,10 @@ async fn prepare(
         return Ok(());
     };
     scene::tenant(client, undo).await?;
-    let Some(image) = &args.image else { return Ok(()) };
-    let machines = args.machines.map_or(cloud.hosts.len(), usize::from);
+    let Some(image) = &args.how.image else { return Ok(()) };
+    let machines = args.how.machines.map_or(cloud.hosts.len(), usize::from);
     eprintln!("making {machines} machines of the drill's own, each backed up");
-    let own = scene::Own { image, machines, recovery: args.recovery.name() };
+    let own = scene::Own { image, machines, recovery: args.how.recovery.name() };
     tokio::select! {
         made = scene::machines(client, &own, undo) => made,
         () = asked_to_end()? => anyhow::bail!("stopped before the drill began"),
@@ -137,7 +137,7 @@ async fn settled(kind: Kind, client: &Client) -> Result<()> {
 async fn one(args: &RunArgs, client: &Client, tenant: &str, only: Option<&Vm>) -> Result<(Report, bool)> {
     let (began_at_millis, record) = (now_millis(), Arc::new(Record::begin()));
     // The run before this one has started processes: the record is read again.
-    let cloud = if args.live { None } else { Some(Cloud::load(&args.placement.dir)?) };
+    let cloud = if args.how.live { None } else { Some(Cloud::load(&args.how.placement.dir)?) };
     let (surroundings, exclusive) = look_around(args, cloud.as_ref(), client).await?;
     let eyes = cloud.as_ref().map(|cloud| truth::watch(cloud, record.clone())).transpose()?;
     let mut observers = vec![watch::start(client, &record), load::start(client, tenant, &record)];
@@ -145,7 +145,7 @@ async fn one(args: &RunArgs, client: &Client, tenant: &str, only: Option<&Vm>) -
         cloud,
         client: client.clone(),
         record: record.clone(),
-        hold: args.hold,
+        hold: args.how.hold,
         rehearsal: args.rehearsal,
         heals: Vec::new(),
         target: String::new(),
@@ -215,8 +215,8 @@ async fn act(stage: &mut Stage, kind: Kind, only: Option<&Vm>) -> Result<()> {
         Kind::NodePartition => host::run(stage, Hurt::Cable).await,
         Kind::AgentHang => host::run(stage, Hurt::Agent).await,
         Kind::BackupRestore => backup::run(stage, only).await,
-        // Refused before: there is no way to do them.
-        Kind::ClockStep | Kind::LostMajority => Ok(()),
+        Kind::LostMajority => majority::lost_majority(stage).await,
+        Kind::ClockStep => clock::clock_step(stage).await,
     }
 }
 
@@ -258,7 +258,7 @@ async fn look_around(
     kinds.dedup();
     let surroundings = Surroundings {
         cloud: cloud.map_or_else(|| "a live cloud".into(), |cloud| cloud.dir.display().to_string()),
-        live: args.live,
+        live: args.how.live,
         hypervisor: kinds.join(", "),
         controllers: client.endpoints(),
         hosts: nodes.len(),

@@ -67,6 +67,17 @@ pub async fn start_controller(cloud: &Cloud, controller: &Controller, wrapper: &
     start(cloud, &place, &controller.name, "controller", wrapper).await
 }
 
+/// Makes a stopped controller the whole quorum; the ids are those of all others.
+///
+/// # Errors
+/// What the command said.
+pub async fn recover(cloud: &Cloud, controller: &Controller, fenced: &[u64]) -> Result<()> {
+    let (data, fenced) = (cloud.data(&controller.name), fenced.iter().map(u64::to_string).collect::<Vec<_>>());
+    let mut words = ["quorum", "recover", "--from"].map(String::from).to_vec();
+    words.extend([data.display().to_string(), "--i-have-fenced".into(), fenced.join(",")]);
+    trefoil(cloud, &cloud.place_of_controller(controller), words).await.map(|_| ())
+}
+
 /// # Errors
 /// What the command said.
 pub async fn join_agent(cloud: &Cloud, host: &Host, token: &str) -> Result<()> {

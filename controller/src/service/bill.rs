@@ -5,7 +5,7 @@ use model::{Command, OperatorCommand, State, Timestamp};
 use tonic::Request;
 
 use super::Service;
-use crate::{access, access::Caller, core, core::Freshness, name, view};
+use crate::{access, access::Caller, core::Freshness, name, view};
 
 impl Service {
     pub(super) async fn bill_get(&self, request: Request<proto::GetBillRequest>) -> Result<proto::Bill, ApiError> {
@@ -16,9 +16,10 @@ impl Service {
         if from >= to {
             return Err(ApiError::invalid(format!("from_millis is '{}', but must be before to_millis", from.0)));
         }
+        let now = self.core.replica.now();
         let look = |state: &State| {
             let tenant = name::tenant(state, &caller, &body.tenant)?;
-            Ok(view::bill(tenant, model::bill::bill(state, tenant.id, from, to, core::now())))
+            Ok(view::bill(tenant, model::bill::bill(state, tenant.id, from, to, now)))
         };
         let (bill, read_at) = self.core.read(body.stale.into(), look).await?;
         bill.map(|bill| proto::Bill { read_at: Some(read_at), ..bill })
@@ -39,11 +40,10 @@ impl Service {
 }
 
 /// 0 is from now on; a time that passes while the request is under way counts as now, not as a refusal.
-pub(super) fn set_price(_: &State, caller: &Caller, body: &proto::SetPriceRequest) -> Result<Command, ApiError> {
+pub(super) fn set_price(state: &State, caller: &Caller, body: &proto::SetPriceRequest) -> Result<Command, ApiError> {
     caller.must_be_operator()?;
-    let now = core::now();
     let from = if body.from_millis == 0 { Timestamp::default() } else { Timestamp(body.from_millis) };
-    if from != Timestamp::default() && from < now {
+    if from != Timestamp::default() && from < state.now() {
         return Err(ApiError::invalid(format!(
             "from_millis is '{}', but must not have passed: prices never change backwards",
             from.0

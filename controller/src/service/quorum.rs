@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
 
 use super::{Flow, Service};
-use crate::{access, access::Caller, core::now};
+use crate::{access, access::Caller};
 
 /// How long a join token is good for when nothing else was asked.
 const DEFAULT_VALID_MILLIS: u64 = 60 * 60 * 1000;
@@ -117,7 +117,7 @@ impl Service {
             proto::QuorumCheckReply {
                 rules: u32::try_from(invariant::INVARIANTS.len()).unwrap_or(u32::MAX),
                 broken: invariant::broken(&state).map(broken).collect(),
-                read_at: Some(proto::ReadAt { index, stale: false, age_millis: 0 }),
+                read_at: Some(proto::ReadAt { index, stale: false, age_millis: 0, time_millis: state.now().0 }),
             }
         };
         let examined = tokio::task::spawn_blocking(examine).await;
@@ -137,6 +137,7 @@ impl Service {
         let core = self.core.clone();
         let term = core.replica.leadership().term;
         let copy = move || {
+            let made_at = core.replica.now();
             let (mut state, index) = core.replica.read_indexed(|state, index| (state.clone(), index));
             state.drain_changes();
             invariant::check(&state)
@@ -148,7 +149,7 @@ impl Service {
                 index,
                 term,
                 hash: state.hash(),
-                made_at: now(),
+                made_at,
                 rows: state.rows().count() as u64,
                 ca_pem: core.authority.ca_pem.clone(),
                 ca_key_pem: core.authority.key_pem.clone(),
