@@ -9,6 +9,10 @@ use nodeagent::{
     lease::{Permit, page::Page},
 };
 
+/// As the program has it: whether memory is missing when the guard acts depends on it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const USAGE: &str = "guard_parts guard DATA, or guard_parts renew DATA NANOSECONDS";
 
 fn main() -> anyhow::Result<()> {

@@ -83,6 +83,8 @@ impl Supervisor {
         if let Some(watchdog) = &self.program.watchdog {
             command.arg("--watchdog").arg(watchdog);
         }
+        // It locks what it touches: two megabytes for each few bytes would be a waste.
+        command.env("MIMALLOC_ALLOW_THP", "0");
         // Of its own process group: what ends the agent at a terminal does not end the guard.
         command.stdin(Stdio::null()).process_group(0);
         match command.spawn() {
