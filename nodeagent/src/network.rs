@@ -5,7 +5,7 @@
 
 use std::{future::Future, net::IpAddr, pin::Pin};
 
-use model::assignment::NetworkWish;
+use model::{Mac, assignment::NetworkWish};
 
 #[cfg(test)]
 mod contract;
@@ -17,6 +17,13 @@ pub mod simulated;
 pub fn vxlan_overhead(underlay: IpAddr) -> u32 {
     let ip_header = if underlay.is_ipv4() { 20 } else { 40 };
     ip_header + 8 + 8 + 14
+}
+
+/// The name of the tap of a guest's card, known before it is there. A device's name has at most 15 bytes, and of a MAC of the
+/// quorum's the first byte is always the same.
+pub fn tap(mac: Mac) -> String {
+    let [_, a, b, c, d, e] = mac.0;
+    format!("tfn{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}")
 }
 
 /// A network that was found on this host, in a form that compares with what is wanted.

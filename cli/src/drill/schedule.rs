@@ -23,7 +23,7 @@ use crate::{
 
 pub const EXAMPLES: &str = "\
 Examples:
-  trefoil drill schedule backup-restore --calendar 'Mon *-*-* 03:00' --live --tenant acme --config /etc/trefoil/drill.toml
+  trefoil drill schedule backup-restore --calendar weekly --live --tenant acme --config /etc/trefoil/drill.toml
   trefoil drill schedule leader-kill --calendar daily --dir /var/lib/trefoil-lab --print
   trefoil drill schedule --list
   trefoil drill schedule backup-restore --remove";
@@ -33,7 +33,7 @@ pub struct ScheduleArgs {
     /// Which one; a drill has one schedule, and a new one takes the place of the old
     #[arg(value_enum, required_unless_present = "list")]
     kind: Option<Kind>,
-    /// When, as systemd writes it: see systemd.time(7), 'Calendar Events'
+    /// When, as systemd writes it, such as 'Mon *-*-* 03:00': see systemd.time(7), 'Calendar Events'
     #[arg(long, value_name = "EXPRESSION", required_unless_present_any = ["list", "remove"])]
     calendar: Option<String>,
     #[command(flatten)]

@@ -18,6 +18,7 @@ use quick_xml::{
 };
 
 use super::{GuestNic, GuestSpec};
+use crate::network::tap;
 
 /// Namespace of the mark inside a domain's `<metadata>`. The number rises when the mark changes its meaning.
 pub const MARK_NAMESPACE: &str = "urn:trefoil:guest:1";
@@ -270,6 +271,7 @@ fn interface(w: &mut Xml, nic: &GuestNic) -> io::Result<()> {
     element(w, "interface", &[("type", "bridge")], |w| {
         leaf(w, "mac", &[("address", &nic.mac.to_string())])?;
         leaf(w, "source", &[("bridge", &nic.bridge)])?;
+        leaf(w, "target", &[("dev", &tap(nic.mac))])?;
         leaf(w, "model", &[("type", "virtio")])?;
         leaf(w, "mtu", &[("size", &nic.mtu.to_string())])?;
         leaf(w, "rom", &[("enabled", "no")])

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   guest taps   tfg5 ── eth0 10.0.0.1 in namespace tf-5: dnsmasq
-//!        │        │
+//!        │        │   a guest speaks under its own MAC and IP alone
 //!      ┌─┴────────┴─┐
 //!      │ bridge tfb5│   nft table trefoil_5: no DHCP and nothing of the gateway's crosses tfx5
 //!      └─────┬──────┘
@@ -12,7 +12,7 @@
 //! Each part looks before it mends, so a second `ensure` touches nothing. Everything lives in the kernel and under
 //! `/run`, because it dies with the host anyway; nothing is remembered in this process, so a restarted agent finds
 //! what is there. It works in the network namespace of the thread that opened it. Deliberately not here: routing out
-//! of the network, and rules against a guest that lies about its address.
+//! of the network.
 
 use std::{collections::BTreeSet, fmt::Display, future::Future, net::IpAddr, path::PathBuf, time::Duration};
 

@@ -1,85 +1,124 @@
-//! The rules on a network's tunnel, as two nft tables of one name.
+//! The rules of a network on this host, as two nft tables of one name, in three parts.
 //!
-//! `bridge`: what is the same on every host must not meet over the tunnel. Each host has its own gateway with the same
-//! address and its own DHCP server with its own guests' leases, so neither DHCP nor anything from or to the gateway may
+//! *Apart* (`bridge`): what is the same on every host must not meet over the tunnel. Each host has its own gateway with the
+//! same address and its own DHCP server with its own guests' leases, so neither DHCP nor anything from or to the gateway may
 //! cross.
 //!
-//! `inet`: only a host that has a machine in the network now may send into it. One that was given up as lost and goes on
-//! all the same would answer for addresses that are elsewhere; what it sends ends at the hosts that know better.
+//! *Own* (`bridge`): a guest of this host speaks under its own MAC and IP address, or not at all. Its tap is known by name before
+//! it is there, so that not even its first packet is under another's. Not here: a guest that is still on its way to this host,
+//! which says nothing before it is handed over; and IPv6, in which nobody here has an address.
+//!
+//! *Peers* (`inet`): only a host that has a machine in the network now may send into it. One that was given up as lost and goes
+//! on all the same would answer for addresses that are elsewhere; what it sends ends at the hosts that know better.
 
-use std::{collections::BTreeMap, fmt::Write as _, net::IpAddr, process::Stdio};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    net::IpAddr,
+    process::Stdio,
+};
 
-use model::assignment::NetworkWish;
+use model::assignment::{Lease, NetworkWish};
 use serde_json::Value;
 use tokio::{io::AsyncWriteExt, process::Command};
 
-use super::{super::Result, Names, failed, segment::VXLAN_PORT};
+use super::{
+    super::{Result, tap},
+    Names, failed,
+    segment::VXLAN_PORT,
+};
 
-/// The tables of this host's networks that stand: of each its chain and how many rules it has.
-pub struct Standing(BTreeMap<(u32, Family), (String, usize)>);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Family {
-    Bridge,
-    Inet,
+/// The chains of this host's networks that stand: of each its whole name and how many rules it has.
+pub struct Standing {
+    vnis: BTreeSet<u32>,
+    chains: BTreeMap<(u32, Part), (String, usize)>,
 }
 
-const FAMILIES: [Family; 2] = [Family::Bridge, Family::Inet];
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    Apart,
+    Own,
+    Peers,
+}
 
-impl Family {
-    fn word(self) -> &'static str {
+const PARTS: [Part; 3] = [Part::Apart, Part::Own, Part::Peers];
+const FAMILIES: [&str; 2] = ["bridge", "inet"];
+
+impl Part {
+    fn family(self) -> &'static str {
         match self {
-            Self::Bridge => "bridge",
-            Self::Inet => "inet",
+            Self::Apart | Self::Own => "bridge",
+            Self::Peers => "inet",
         }
     }
 
     fn hook(self) -> &'static str {
         match self {
-            Self::Bridge => "forward",
-            Self::Inet => "input",
+            Self::Apart => "forward",
+            Self::Own => "prerouting",
+            Self::Peers => "input",
+        }
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Apart => "apart",
+            Self::Own => "own",
+            Self::Peers => "peers",
         }
     }
 
     fn rules(self, names: &Names, wish: &NetworkWish) -> Vec<String> {
         match self {
-            Self::Bridge => kept_apart(names, wish),
-            Self::Inet => from_peers_only(names, wish),
+            Self::Apart => kept_apart(names, wish),
+            Self::Own => wish.leases.iter().flat_map(under_its_own_address).collect(),
+            Self::Peers => from_peers_only(names, wish),
         }
+    }
+
+    /// The chain's name carries a digest of the rules, so that other rules of another time are seen for what they are.
+    fn chain(self, rules: &[String]) -> String {
+        format!("{}_{}", self.word(), &blake3::hash(rules.join("\n").as_bytes()).to_hex()[..16])
+    }
+
+    fn of_chain(name: &str) -> Option<Self> {
+        let word = name.split_once('_')?.0;
+        PARTS.into_iter().find(|part| part.word() == word)
     }
 }
 
 impl Standing {
     pub fn vnis(&self) -> impl Iterator<Item = u32> {
-        self.0.keys().map(|(vni, _)| *vni)
+        self.vnis.iter().copied()
     }
 
     pub fn holds(&self, names: &Names, wish: &NetworkWish) -> bool {
-        FAMILIES.iter().all(|family| {
-            let rules = family.rules(names, wish);
-            self.0.get(&(names.vni, *family)) == Some(&(chain(&rules), rules.len()))
+        PARTS.iter().all(|part| {
+            let rules = part.rules(names, wish);
+            self.chains.get(&(names.vni, *part)) == Some(&(part.chain(&rules), rules.len()))
         })
     }
 }
 
 pub async fn standing() -> Result<Standing> {
-    let mut tables: BTreeMap<(u32, Family), (String, usize)> = BTreeMap::new();
+    let mut standing = Standing { vnis: BTreeSet::new(), chains: BTreeMap::new() };
     for family in FAMILIES {
-        let listing = nft(&["-j", "list", "ruleset", family.word()], None).await?;
+        let listing = nft(&["-j", "list", "ruleset", family], None).await?;
         let listing: Value = serde_json::from_str(&listing).map_err(failed("read the list of rules"))?;
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         for item in listing["nftables"].as_array().into_iter().flatten() {
-            let of = |kind: &str| Names::vni_of_table(item[kind]["table"].as_str().unwrap_or_default());
-            if let Some(vni) = Names::vni_of_table(item["table"]["name"].as_str().unwrap_or_default()) {
-                tables.entry((vni, family)).or_default();
-            } else if let Some(vni) = of("chain") {
-                let chain = item["chain"]["name"].as_str().unwrap_or_default();
-                tables.entry((vni, family)).or_default().0 = chain.into();
-            } else if let Some(vni) = of("rule") {
-                tables.entry((vni, family)).or_default().1 += 1;
+            standing.vnis.extend(Names::vni_of_table(&text(&item["table"]["name"])));
+            let chain = &item["chain"];
+            if let Some(key) = Names::vni_of_table(&text(&chain["table"])).zip(Part::of_chain(&text(&chain["name"]))) {
+                standing.chains.insert(key, (text(&chain["name"]), 0));
+            }
+            let rule = &item["rule"];
+            if let Some(key) = Names::vni_of_table(&text(&rule["table"])).zip(Part::of_chain(&text(&rule["chain"]))) {
+                standing.chains.entry(key).or_default().1 += 1;
             }
         }
     }
-    Ok(Standing(tables))
+    Ok(standing)
 }
 
 pub async fn ensure(names: &Names, wish: &NetworkWish) -> Result<()> {
@@ -95,8 +134,8 @@ pub async fn remove(names: &Names) -> Result<()> {
     nft(&["-f", "-"], Some(remove)).await.map(|_| ())
 }
 
-fn cleared(family: Family, names: &Names) -> String {
-    let (family, table) = (family.word(), &names.table);
+fn cleared(family: &str, names: &Names) -> String {
+    let table = &names.table;
     format!("table {family} {table}\ndelete table {family} {table}\n")
 }
 
@@ -104,17 +143,36 @@ fn cleared(family: Family, names: &Names) -> String {
 fn tables(names: &Names, wish: &NetworkWish) -> String {
     let mut text = String::new();
     for family in FAMILIES {
-        let rules = family.rules(names, wish);
-        let (word, hook, chain) = (family.word(), family.hook(), chain(&rules));
         text += &cleared(family, names);
-        let _ = writeln!(text, "table {word} {} {{", names.table);
-        let _ = writeln!(text, "  chain {chain} {{\n    type filter hook {hook} priority filter");
-        for rule in &rules {
-            let _ = writeln!(text, "    {rule}");
+        let _ = writeln!(text, "table {family} {} {{", names.table);
+        for part in PARTS.into_iter().filter(|part| part.family() == family) {
+            let rules = part.rules(names, wish);
+            let (hook, chain) = (part.hook(), part.chain(&rules));
+            let _ = writeln!(text, "  chain {chain} {{\n    type filter hook {hook} priority filter");
+            for rule in &rules {
+                let _ = writeln!(text, "    {rule}");
+            }
+            text += "  }\n";
         }
-        text += "  }\n}\n";
+        text += "}\n";
     }
     text
+}
+
+/// Before it has an address it asks for one by DHCP, and looks by ARP whether somebody else has it (RFC 5227): from nobody's
+/// address, which is taken for nobody's.
+fn under_its_own_address(lease: &Lease) -> Vec<String> {
+    let Lease { mac, ip, .. } = lease;
+    let tap = tap(*mac);
+    [
+        format!("ether saddr != {mac} drop"),
+        format!("arp saddr ether != {mac} drop"),
+        format!("arp saddr ip != {{ 0.0.0.0, {ip} }} drop"),
+        "ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept".into(),
+        format!("ip saddr != {ip} drop"),
+    ]
+    .map(|rule| format!("iifname \"{tap}\" {rule}"))
+    .into()
 }
 
 fn kept_apart(names: &Names, wish: &NetworkWish) -> Vec<String> {
@@ -142,11 +200,6 @@ fn from_peers_only(names: &Names, wish: &NetworkWish) -> Vec<String> {
         format!("{packet} {family} saddr {peer} accept")
     };
     wish.peers.iter().map(accept).chain([format!("{packet} drop")]).collect()
-}
-
-/// The chain's name carries a digest of the rules, so that other rules of another time are seen for what they are.
-fn chain(rules: &[String]) -> String {
-    format!("guard_{}", &blake3::hash(rules.join("\n").as_bytes()).to_hex()[..16])
 }
 
 async fn nft(arguments: &[&str], input: Option<String>) -> Result<String> {
@@ -181,18 +234,22 @@ mod tests {
             vni: 5,
             range: "10.0.0.0/24".parse().unwrap(),
             peers: vec![[10, 77, 0, 12].into(), "fd00::12".parse().unwrap()],
-            leases: vec![],
+            leases: vec![Lease {
+                mac: model::Mac([2, 0x54, 0, 0, 0, 9]),
+                ip: [10, 0, 0, 9].into(),
+                hostname: "web".into(),
+            }],
         };
         let names = Names::of(5);
-        let text = FAMILIES
-            .iter()
-            .fold(tables(&names, &wish), |text, family| text.replace(&chain(&family.rules(&names, &wish)), "guard"));
+        let text = PARTS.into_iter().fold(tables(&names, &wish), |text, part| {
+            text.replace(&part.chain(&part.rules(&names, &wish)), part.word())
+        });
         assert_eq!(
             text,
             r#"table bridge trefoil_5
 delete table bridge trefoil_5
 table bridge trefoil_5 {
-  chain guard {
+  chain apart {
     type filter hook forward priority filter
     iifname "tfx5" udp dport { 67, 68 } drop
     oifname "tfx5" udp dport { 67, 68 } drop
@@ -205,11 +262,19 @@ table bridge trefoil_5 {
     iifname "tfx5" ether daddr 0a:54:00:00:00:05 drop
     oifname "tfx5" ether daddr 0a:54:00:00:00:05 drop
   }
+  chain own {
+    type filter hook prerouting priority filter
+    iifname "tfn5400000009" ether saddr != 02:54:00:00:00:09 drop
+    iifname "tfn5400000009" arp saddr ether != 02:54:00:00:00:09 drop
+    iifname "tfn5400000009" arp saddr ip != { 0.0.0.0, 10.0.0.9 } drop
+    iifname "tfn5400000009" ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
+    iifname "tfn5400000009" ip saddr != 10.0.0.9 drop
+  }
 }
 table inet trefoil_5
 delete table inet trefoil_5
 table inet trefoil_5 {
-  chain guard {
+  chain peers {
     type filter hook input priority filter
     udp dport 4789 @th,96,24 5 ip saddr 10.77.0.12 accept
     udp dport 4789 @th,96,24 5 ip6 saddr fd00::12 accept

@@ -153,6 +153,49 @@ fn a_host_that_was_given_up_no_longer_answers_for_addresses_that_are_elsewhere()
 }
 
 #[test]
+fn a_guest_speaks_under_its_own_addresses_alone() {
+    let Some([one, two]) = lab() else { return };
+    let here = wish(7, &[11, 12], &[two.underlay]);
+    one.ensure(slice::from_ref(&here));
+    two.ensure(&[wish(7, &[13], &[one.underlay])]);
+    let (liar, victim, far) = (Guest::plug(&one, 7, 11), Guest::plug(&one, 7, 12), Guest::plug(&two, 7, 13));
+    for guest in [&liar, &victim, &far] {
+        assert!(!guest.lease().is_empty());
+    }
+    assert!(liar.reaches(12) && liar.reaches(13) && far.reaches(12));
+
+    // An address that is nobody's: neither on its own host nor across is it answered.
+    assert!(liar.does("ip address add 10.0.0.99/24 dev eth0"));
+    let as_another = |last: u8| liar.does(&format!("busybox ping -c2 -W1 -I 10.0.0.99 10.0.0.{last}"));
+    assert!(!as_another(12) && !as_another(13));
+    // One that is somebody's: whoever asks for it still finds its owner.
+    let claims = "i=0; while [ $i -lt 20 ]; do busybox arping -q -c1 -w1 -U -I eth0 10.0.0.12; i=$((i+1)); done";
+    assert!(liar.does("ip address add 10.0.0.12/24 dev eth0"));
+    liar.does(&format!("sh -c '{claims}'"));
+    assert!(far.reaches(12) && far.neighbour(12) == victim.mac());
+    assert!(liar.does("ip address delete 10.0.0.12/24 dev eth0"));
+    // A MAC that is not its own.
+    let mac = liar.mac();
+    assert!(liar.does("ip link set eth0 address 02:54:00:99:99:99"));
+    assert!(!liar.reaches(12) && !liar.reaches(13));
+    assert!(liar.does(&format!("ip link set eth0 address {mac}")));
+    assert!(liar.reaches(12) && liar.reaches(13), "under its own it is heard again");
+
+    // So the rules hold it off, and not something else; and they are put back.
+    one.shell("nft delete table bridge trefoil_7");
+    assert!(as_another(12), "without them it would be heard");
+    assert_eq!(one.complete(slice::from_ref(&here)), [(7, false)]);
+    one.ensure(slice::from_ref(&here));
+    assert!(!as_another(12));
+    assert!(!liar.lease().is_empty(), "and it may ask for its lease again");
+    one.remove(&[7]);
+    two.remove(&[7]);
+    drop((liar, victim, far));
+    one.is_as_new();
+    two.is_as_new();
+}
+
+#[test]
 fn another_agent_finds_and_removes_what_the_last_one_left() {
     let Some([one, _]) = lab() else { return };
     one.ensure(&[wish(8, &[11], &[]), wish(9, &[11], &[])]);

@@ -21,7 +21,7 @@ use nix::{
 };
 use tokio::runtime::{Builder, Runtime};
 
-use crate::network::contract;
+use crate::network::{contract, tap};
 
 type Job = Box<dyn FnOnce(&Runtime) + Send>;
 
@@ -119,10 +119,10 @@ impl Host {
         entries.contains(mac.trim())
     }
 
-    /// Nothing of Trefoil is left, in the kernel or in files.
+    /// Nothing of Trefoil is left, in the kernel or in files. A guest's tap goes with it, a moment later.
     pub fn is_as_new(&self) {
         let left = self.shell(
-            "ip -br link | grep -E '^tf' || true; ip netns list | grep tf- || true
+            "ip -br link | grep -E '^tf[bxg]' || true; ip netns list | grep tf- || true
              nft list tables | grep trefoil || true; ls /run/trefoil/network 2>/dev/null || true",
         );
         assert_eq!(left.trim(), "", "left on the host");
@@ -149,7 +149,7 @@ impl<'a> Guest<'a> {
     pub fn plug(host: &'a Host, vni: u32, last: u8) -> Self {
         let guest = Self { host, vni, last, name: format!("guest{vni}x{last}") };
         let (name, mac) = (&guest.name, guest.mac());
-        let tap = format!("tap{vni}x{last}");
+        let tap = tap(contract::mac(vni, last));
         let tap_mac = format!("fe{}", &mac[2..]);
         host.shell(&format!(
             "ip netns add {name}
@@ -193,6 +193,13 @@ cat /run/{name}.env 2>/dev/null || true"#
             "ip -n {name} neighbour flush dev eth0
              for i in 1 2 3; do ip netns exec {name} busybox ping -c1 -W1 -s {bytes} 10.0.0.{last} >/dev/null && echo yes && break; done; true"
         ));
+        out.trim() == "yes"
+    }
+
+    /// Whether a command on it succeeds.
+    pub fn does(&self, command: &str) -> bool {
+        let name = &self.name;
+        let out = self.host.shell(&format!("ip netns exec {name} {command} >/dev/null 2>&1 && echo yes; true"));
         out.trim() == "yes"
     }
 
