@@ -168,7 +168,7 @@ fn judge(
     skipped: Vec<String>,
     agree: Result<(), String>,
 ) -> Report {
-    let evidence = Evidence { operations, effects, began_unix_millis };
+    let evidence = Evidence { operations, effects, began_unix_millis, clocks_were_right: true };
     let mut named: Vec<_> = plan.workloads.iter().flat_map(|workload| workload.judge(&evidence)).collect();
     named.push(("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)));
     for fault in &mut faults {

@@ -114,6 +114,8 @@ pub struct Evidence<'a> {
     pub effects: &'a [Effect],
     /// When that clock began, in milliseconds since the Unix epoch.
     pub began_unix_millis: u64,
+    /// False when a fault set the clock of a controller.
+    pub clocks_were_right: bool,
 }
 
 /// Where clients work.

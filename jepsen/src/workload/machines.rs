@@ -85,6 +85,7 @@ impl Workload for Machines {
         let (full, empty) = (finals(operations, AT_REST), finals(operations, EMPTY));
         let listed: Vec<_> = full.iter().map(|(controller, said)| (*controller, &said["machines"])).collect();
         let bills = finals(operations, BILL);
+        let witness = evidence.clocks_were_right.then_some((*effects, evidence.began_unix_millis));
         vec![
             ("requests: exactly once", checker::request::check(operations)),
             ("machines: all is as it was asked for", checker::rest::check(operations, &listed)),
@@ -92,10 +93,7 @@ impl Workload for Machines {
             ("home: no older placement after a newer", checker::home::fenced(operations, effects)),
             ("addresses: one owner", checker::address::check(operations, effects)),
             ("capacity and quota: never over", checker::capacity::check(operations, &full, &empty)),
-            (
-                "ledger: the integral of what was used",
-                checker::ledger::check(operations, &bills, effects, evidence.began_unix_millis),
-            ),
+            ("ledger: the integral of what was used", checker::ledger::check(operations, &bills, witness)),
         ]
     }
 }
