@@ -107,6 +107,8 @@ fn charged_as(row: &Value) -> Option<&'static str> {
         "running" | "stopping" | "rebooting" | "migrating" => Some("running"),
         "stopped" if row["node"] == "" => None,
         "stopped" | "starting" => Some("stopped"),
+        // So it arrives from another host.
+        "resuming" | "suspended" => Some("suspended"),
         _ => None,
     }
 }
