@@ -142,8 +142,10 @@ async fn strike(
 ) -> anyhow::Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     tokio::time::sleep(CALM).await;
-    for fault in faults.iter().cycle() {
-        if began.elapsed() + nemesis::HOLD + CALM > Duration::from_secs(plan.seconds) {
+    for (number, fault) in faults.iter().cycle().enumerate() {
+        // One of each family comes first, however slow the machine is.
+        let late = began.elapsed() + nemesis::HOLD + CALM > Duration::from_secs(plan.seconds);
+        if late && number >= plan.families.len() {
             break;
         }
         let start = shared.recorder.now();
