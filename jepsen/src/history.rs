@@ -8,7 +8,7 @@ use std::{
     io::{BufWriter, Write},
     path::Path,
     sync::Mutex,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use nix::time::{ClockId, clock_gettime};
@@ -42,6 +42,8 @@ pub enum Function {
     Create,
     /// The value is what a machine should be: running or stopped.
     Power,
+    /// To another host, while it runs.
+    Migrate,
     Delete,
     /// The answer is every machine at one log index.
     Machines,
@@ -60,7 +62,17 @@ pub enum Function {
 impl Function {
     /// Whether it changes something in the quorum.
     pub fn is_write(self) -> bool {
-        matches!(self, Self::Write | Self::Cas | Self::Add | Self::Create | Self::Power | Self::Delete | Self::Import)
+        matches!(
+            self,
+            Self::Write
+                | Self::Cas
+                | Self::Add
+                | Self::Create
+                | Self::Power
+                | Self::Migrate
+                | Self::Delete
+                | Self::Import
+        )
     }
 }
 
@@ -143,6 +155,13 @@ impl Recorder {
     /// When the run began, on the clock that every process of this machine can read.
     pub fn began(&self) -> u64 {
         self.began
+    }
+
+    /// The same in milliseconds since the Unix epoch, as the wall clock has it now.
+    pub fn began_unix_millis(&self) -> u64 {
+        let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let since = Duration::from_nanos(self.now());
+        u64::try_from(unix.saturating_sub(since).as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Stamps the event with the time and keeps it. The time is taken under the lock, so the order in the history is

@@ -10,13 +10,13 @@ use jepsen::{interrupt::asked_to_end, nemesis::Family, run, workload};
 #[command(version)]
 struct Arguments {
     /// How long to go on, in seconds, without start and checks.
-    #[arg(long, default_value_t = 80)]
+    #[arg(long, default_value_t = 140)]
     seconds: u64,
     /// Decides which controllers are hit and what clients choose; by default another each time.
     #[arg(long)]
     seed: Option<u64>,
     /// Families of faults.
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["kill", "pause", "partition"])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["kill", "pause", "partition", "host"])]
     nemesis: Vec<Family>,
     /// Workloads; by default all.
     #[arg(long, value_delimiter = ',', value_parser = workload_names())]

@@ -112,8 +112,8 @@ pub struct Evidence<'a> {
     pub operations: &'a [Operation],
     /// What hosts did, on the history's clock.
     pub effects: &'a [Effect],
-    /// When that clock began, in milliseconds since the Unix epoch.
-    pub began_unix_millis: u64,
+    /// When that clock began, in milliseconds since the Unix epoch; `None` when a wall clock was set during the run.
+    pub began_unix_millis: Option<u64>,
 }
 
 /// Where clients work.

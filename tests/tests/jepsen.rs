@@ -9,13 +9,14 @@ use jepsen::{
 };
 
 #[tokio::test(flavor = "multi_thread")]
-async fn half_a_minute_of_kills_pauses_and_partitions_breaks_no_promise() {
+async fn some_faults_of_controllers_and_hosts_break_no_promise() {
     let folder = std::env::temp_dir().join(format!("tfj-{}", std::process::id()));
-    let mut families = vec![Family::Partition, Family::Kill, Family::Pause];
+    let mut families = vec![Family::Host, Family::Partition, Family::Kill, Family::Pause];
     if let Some(obstacle) = Switch::obstacle() {
-        skipped("jepsen: partitions", &obstacle);
-        families.remove(0);
+        skipped("jepsen: partitions and cut hosts", &obstacle);
+        families.drain(..2);
     }
+    // One fault of each family.
     let plan = run::Plan { seconds: 30, seed: 1, families, workloads: ALL.to_vec(), folder: folder.clone() };
     let report = run::run(&plan).await.expect("the harness works");
     report.print(&folder);

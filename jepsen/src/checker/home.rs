@@ -79,7 +79,8 @@ pub fn moved(operations: &[Operation], effects: &[Effect]) -> usize {
     hosts.values().filter(|hosts| hosts.len() > 1).count()
 }
 
-fn exclusive(operations: &[Operation]) -> BTreeSet<&str> {
+/// Machines that must not run twice, as they were listed.
+pub fn exclusive(operations: &[Operation]) -> BTreeSet<&str> {
     rows(operations).filter(|(_, row)| text(row, "recovery") == "exclusive").map(|(_, row)| text(row, "id")).collect()
 }
 

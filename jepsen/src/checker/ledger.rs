@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::Finding;
+use super::{Finding, home::exclusive};
 use crate::{
     effect::{self, Effect},
     history::{Function, Kind, Operation},
@@ -24,9 +24,9 @@ struct Line<'a> {
     to: u64,
 }
 
-/// `bills`: what each controller said at the end of the same span of time. `began`: when the run began, in milliseconds
-/// since the Unix epoch.
-pub fn check(operations: &[Operation], bills: &[(&str, &Value)], effects: &[Effect], began: u64) -> Finding {
+/// `bills`: what each controller said at the end of the same span of time. `witness`: what hosts did, and when the run
+/// began in milliseconds since the Unix epoch; none when a wall clock was set meanwhile.
+pub fn check(operations: &[Operation], bills: &[(&str, &Value)], witness: Option<(&[Effect], u64)>) -> Finding {
     let Some((controller, bill)) = bills.first() else {
         return Finding::Undecided("ledger: nobody gave a bill at the end".into());
     };
@@ -37,7 +37,8 @@ pub fn check(operations: &[Operation], bills: &[(&str, &Value)], effects: &[Effe
         Ok(lines) => lines,
         Err(how) => return Finding::Broken(format!("ledger: {how}")),
     };
-    as_seen(operations, &lines).and(not_before_it_ran(&lines, effects, began))
+    let ran = witness.map_or(Finding::Holds, |(effects, began)| as_it_ran(operations, &lines, effects, began));
+    as_seen(operations, &lines).and(ran)
 }
 
 /// Lines by machine, each added up again.
@@ -103,26 +104,43 @@ fn as_seen(operations: &[Operation], lines: &BTreeMap<&str, Vec<Line<'_>>>) -> F
 /// By what its host said last; a machine that is being made, given away or deleted costs nothing.
 fn charged_as(row: &Value) -> Option<&'static str> {
     match row["status"].as_str().unwrap_or_default() {
-        "running" | "stopping" | "rebooting" => Some("running"),
+        "running" | "stopping" | "rebooting" | "migrating" => Some("running"),
         "stopped" if row["node"] == "" => None,
         "stopped" | "starting" => Some("stopped"),
+        // So it arrives from another host.
+        "resuming" | "suspended" => Some("suspended"),
         _ => None,
     }
 }
 
-fn not_before_it_ran(lines: &BTreeMap<&str, Vec<Line<'_>>>, effects: &[Effect], began: u64) -> Finding {
-    let millis = |nanos: u64| began + nanos / 1_000_000;
-    let mut first: BTreeMap<&str, u64> = BTreeMap::new();
+/// What hosts did comes before what they say of it: nobody is charged as running before it ran for the first time, nor an
+/// exclusive machine as stopped while it ran on. (Of another one a stale copy may run on a host that is cut off.)
+fn as_it_ran(
+    operations: &[Operation],
+    lines: &BTreeMap<&str, Vec<Line<'_>>>,
+    effects: &[Effect],
+    began: u64,
+) -> Finding {
+    let millis = |nanos: u64| began.saturating_add(nanos / 1_000_000);
+    let exclusive = exclusive(operations);
     let spans = effect::spans(effects);
-    for span in &spans {
-        first.entry(&span.vm).or_insert(millis(span.from));
-    }
     for (vm, lines) in lines.iter().filter(|(resource, _)| resource.starts_with("vm-")) {
-        for line in lines.iter().filter(|line| line.status == "running") {
-            let ran = first.get(vm).is_some_and(|start| *start <= line.from + ROUNDING_MILLIS);
-            if !ran {
+        let spans = || spans.iter().filter(|span| span.vm == **vm);
+        let first = spans().map(|span| millis(span.from)).min();
+        for line in lines {
+            let early = first.is_none_or(|first| line.from + ROUNDING_MILLIS < first);
+            if line.status == "running" && early {
                 return Finding::Broken(format!(
                     "ledger: {vm} is charged as running from {}, before it ran",
+                    line.from
+                ));
+            }
+            let on = |span: &effect::Span| {
+                millis(span.from) + ROUNDING_MILLIS < line.from && line.from + ROUNDING_MILLIS < millis(span.to)
+            };
+            if line.status == "stopped" && exclusive.contains(vm) && spans().any(on) {
+                return Finding::Broken(format!(
+                    "ledger: {vm} is charged as stopped from {}, while it runs",
                     line.from
                 ));
             }
@@ -157,21 +175,36 @@ mod tests {
     }
 
     fn seen(status: &str, changed: u64) -> Operation {
-        let rows = json!([{"id": "vm-1", "status": status, "changed": changed, "node": "host-1"}]);
+        let rows =
+            json!([{"id": "vm-1", "status": status, "changed": changed, "node": "host-1", "recovery": "exclusive"}]);
         trial::operation(Function::Machines, "", rows, Kind::Ok, 0, 1)
     }
 
-    fn started(millis: u64) -> Vec<Effect> {
-        let (host, vm, kind) = ("host-1".into(), "vm-1".into(), effect::Kind::Start);
-        vec![Effect { time: millis * 1_000_000, host, vm, epoch: 1, kind, macs: Vec::new() }]
+    fn ran(from: u64, to: u64) -> Vec<Effect> {
+        let effect = |time, kind| Effect {
+            time: time * 1_000_000,
+            host: "host-1".into(),
+            vm: "vm-1".into(),
+            epoch: 1,
+            kind,
+            macs: Vec::new(),
+        };
+        vec![effect(from, effect::Kind::Start), effect(to, effect::Kind::Stop)]
     }
 
     fn verdict(history: &[Operation], bill: &Value) -> Finding {
-        check(history, &[("controller-1", bill), ("controller-2", bill)], &started(50), BEGAN)
+        check(history, &[("controller-1", bill), ("controller-2", bill)], Some((&ran(50, 200), BEGAN)))
     }
 
     fn good() -> (Vec<Operation>, Value) {
-        let history = [("creating", 20), ("running", 100), ("stopping", 190), ("stopped", 200), ("deleting", 300)];
+        let history = [
+            ("creating", 20),
+            ("running", 100),
+            ("migrating", 150),
+            ("stopping", 190),
+            ("stopped", 200),
+            ("deleting", 300),
+        ];
         let history = history.map(|(status, at)| seen(status, BEGAN + at)).into();
         (history, bill(&[("running", BEGAN + 100, BEGAN + 200), ("stopped", BEGAN + 200, BEGAN + 300)]))
     }
@@ -208,20 +241,24 @@ mod tests {
         wrong["lines"][0]["exact"] = json!("7");
         assert!(matches!(verdict(&history, &wrong), Finding::Broken(_)));
         let two = [("controller-1", &bill), ("controller-2", &wrong)];
-        assert!(matches!(check(&history, &two, &started(50), BEGAN), Finding::Broken(_)));
+        assert!(matches!(check(&history, &two, None), Finding::Broken(_)));
     }
 
     #[test]
-    fn nobody_pays_before_it_runs() {
+    fn who_pays_before_it_runs_or_too_little_while_it_runs_is_broken() {
         let (history, bill) = good();
-        assert!(matches!(check(&history, &[("c", &bill)], &started(103), BEGAN), Finding::Broken(_)));
-        assert!(matches!(check(&history, &[("c", &bill)], &[], BEGAN), Finding::Broken(_)));
+        let verdict = |effects: &[Effect]| check(&history, &[("c", &bill)], Some((effects, BEGAN)));
+        assert!(matches!(verdict(&ran(103, 200)), Finding::Broken(_)));
+        assert!(matches!(verdict(&[]), Finding::Broken(_)));
+        assert!(matches!(verdict(&ran(50, 203)), Finding::Broken(_)));
+        assert_eq!(verdict(&ran(50, 150)), Finding::Holds, "the host tells of it later");
+        assert_eq!(check(&history, &[("c", &bill)], None), Finding::Holds, "a wall clock was set");
     }
 
     #[test]
     fn without_a_bill_or_a_machine_nothing_is_decided() {
         let (history, bill) = good();
-        assert!(matches!(check(&history, &[], &started(50), BEGAN), Finding::Undecided(_)));
+        assert!(matches!(check(&history, &[], None), Finding::Undecided(_)));
         assert!(matches!(verdict(&[], &bill), Finding::Undecided(_)));
     }
 }

@@ -1,4 +1,4 @@
-//! Machines that are made, stopped, started and deleted while hosts and controllers are hurt: more of them than the
+//! Machines that are made, stopped, started, moved and deleted while hosts and controllers are hurt: more of them than the
 //! tenant may have, more than fit when a host is lost, on a network with hardly more addresses.
 //!
 //! Everything that can be promised of a machine is judged from these same clients: each fault is paid for once.
@@ -51,8 +51,8 @@ impl Workload for Machines {
     }
 
     fn needs(&self) -> &'static [Function] {
-        use Function::{Create, Delete, Machines, Nodes, Power, Quota};
-        &[Create, Power, Delete, Machines, Nodes, Quota]
+        use Function::{Create, Delete, Machines, Migrate, Nodes, Power, Quota};
+        &[Create, Power, Migrate, Delete, Machines, Nodes, Quota]
     }
 
     fn prepare<'a>(&'a self, site: &'a Site<'a>) -> LocalBoxFuture<'a, anyhow::Result<()>> {
@@ -85,6 +85,7 @@ impl Workload for Machines {
         let (full, empty) = (finals(operations, AT_REST), finals(operations, EMPTY));
         let listed: Vec<_> = full.iter().map(|(controller, said)| (*controller, &said["machines"])).collect();
         let bills = finals(operations, BILL);
+        let witness = evidence.began_unix_millis.map(|began| (*effects, began));
         vec![
             ("requests: exactly once", checker::request::check(operations)),
             ("machines: all is as it was asked for", checker::rest::check(operations, &listed)),
@@ -92,10 +93,7 @@ impl Workload for Machines {
             ("home: no older placement after a newer", checker::home::fenced(operations, effects)),
             ("addresses: one owner", checker::address::check(operations, effects)),
             ("capacity and quota: never over", checker::capacity::check(operations, &full, &empty)),
-            (
-                "ledger: the integral of what was used",
-                checker::ledger::check(operations, &bills, effects, evidence.began_unix_millis),
-            ),
+            ("ledger: the integral of what was used", checker::ledger::check(operations, &bills, witness)),
         ]
     }
 }

@@ -1,4 +1,4 @@
-//! An owner of machines: makes, stops, starts and deletes its own, one request at a time, each until it is answered.
+//! An owner of machines: makes, stops, starts, moves and deletes its own, one request at a time, each until it is answered.
 //!
 //! A request is sent again under the same id, to the next controller, when nobody answered it; sometimes its first answer
 //! is not waited for, sometimes it is sent once more although it was answered, and sometimes another one is sent under
@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use api::proto::{CreateVmRequest, DeleteVmRequest, SetVmPowerRequest};
+use api::proto::{CreateVmRequest, DeleteVmRequest, MigrateVmRequest, SetVmPowerRequest};
 use serde_json::{Value, json};
 
 use super::{IMAGE, NETWORK};
@@ -55,6 +55,10 @@ pub async fn work(mut worker: Worker, number: usize) {
         } else if choice < 8 {
             let chosen = worker.chance.below(machines.len());
             let machine = &mut machines[chosen];
+            if choice == 5 {
+                request(&mut worker, &Wish { f: Function::Migrate, name: &machine.name, value: Value::Null }).await;
+                continue;
+            }
             let wanted = if machine.stopped { "running" } else { "stopped" };
             if request(&mut worker, &Wish { f: Function::Power, name: &machine.name, value: json!(wanted) }).await {
                 machine.stopped = !machine.stopped;
@@ -118,6 +122,7 @@ async fn send(worker: &mut Worker, client: &Client, req: &str, wish: &Wish<'_>) 
     let answer = match wish.f {
         Function::Create => create(client, req, wish.name, text).await,
         Function::Power => set_power(client, req, wish.name, text).await,
+        Function::Migrate => migrate(client, req, wish.name).await,
         _ => delete(client, req, wish.name).await,
     };
     match &answer {
@@ -146,6 +151,13 @@ async fn set_power(client: &Client, req: &str, vm: &str, wanted: &str) -> Answer
     let request =
         SetVmPowerRequest { tenant: client.tenant(), vm: vm.into(), wanted: wanted.into(), grace_millis: 2_000 };
     let call = |mut api: Api, request| async move { api.set_vm_power(request).await };
+    client.ask(req, request, call).await.map(|vm| json!({"id": vm.id}))
+}
+
+/// To whichever host has room.
+async fn migrate(client: &Client, req: &str, vm: &str) -> Answer<Value> {
+    let request = MigrateVmRequest { tenant: client.tenant(), vm: vm.into(), to: String::new() };
+    let call = |mut api: Api, request| async move { api.migrate_vm(request).await };
     client.ask(req, request, call).await.map(|vm| json!({"id": vm.id}))
 }
 
