@@ -85,9 +85,9 @@ fn as_seen(operations: &[Operation], lines: &BTreeMap<&str, Vec<Line<'_>>>) -> F
         let [row] = rows[..] else { continue };
         let found = lines.get(vm).into_iter().flatten().find(|line| line.from <= at && at < line.to);
         let due = charged_as(row);
-        charged += usize::from(due.is_some());
+        charged += usize::from(!due.is_empty());
         let found = found.map(|line| line.status);
-        if found != due {
+        if found.map_or(!due.is_empty(), |found| !due.contains(&found)) {
             return Finding::Broken(format!(
                 "ledger: {vm} became {} at {at}, and is charged as {} then",
                 row["status"],
@@ -101,15 +101,16 @@ fn as_seen(operations: &[Operation], lines: &BTreeMap<&str, Vec<Line<'_>>>) -> F
     Finding::Holds
 }
 
-/// By what its host said last; a machine that is being made, given away or deleted costs nothing.
-fn charged_as(row: &Value) -> Option<&'static str> {
+/// By what its host said last; a machine that is being made, given away or deleted costs nothing. One that has arrived
+/// from another host counts as suspended until its new host says that it runs, and may be asked to stop before.
+fn charged_as(row: &Value) -> &'static [&'static str] {
     match row["status"].as_str().unwrap_or_default() {
-        "running" | "stopping" | "rebooting" | "migrating" => Some("running"),
-        "stopped" if row["node"] == "" => None,
-        "stopped" | "starting" => Some("stopped"),
-        // So it arrives from another host.
-        "resuming" | "suspended" => Some("suspended"),
-        _ => None,
+        "running" | "rebooting" | "migrating" => &["running"],
+        "stopping" => &["running", "suspended"],
+        "resuming" | "suspended" => &["suspended"],
+        "stopped" if row["node"] == "" => &[],
+        "stopped" | "starting" => &["stopped"],
+        _ => &[],
     }
 }
 
