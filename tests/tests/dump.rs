@@ -97,7 +97,7 @@ async fn a_stopped_controllers_disk_is_shown_and_left_as_it_is() {
     stage.cluster.kill(follower).unwrap();
     let same = dump(&stage, follower, &["--at", &index.to_string()]).unwrap();
     assert_eq!(same[0]["state"], polite[0]["state"], "equal index, equal state");
-    flipped_bytes_are_refused(&stage, follower);
+    flipped_bytes_are_refused(&stage, other);
     stage.strike().await;
 }
 

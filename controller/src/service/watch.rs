@@ -126,7 +126,7 @@ impl Watcher {
             tokio::select! {
                 changed = applied.changed() => if changed.is_err() { return },
                 () = sleep_until(silent_until) => {}
-                _ = stopping.wait_for(|stopping| *stopping) => {
+                () = async { drop(stopping.wait_for(|stopping| *stopping).await) } => {
                     let stopping = ApiError::new("unavailable", "this controller is stopping: watch another");
                     let _ = self.out.send(Err(stopping.into())).await;
                     return;
