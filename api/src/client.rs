@@ -30,8 +30,10 @@ use crate::{
 
 pub mod images;
 mod quorum;
+mod watch;
 
 pub use quorum::read_quorum_backup;
+pub use watch::Watch;
 
 /// The metadata key of the request id on a mutating call.
 pub const REQUEST_KEY: &str = "trefoil-request";

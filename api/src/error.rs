@@ -35,11 +35,10 @@ impl ErrorKind {
         Some(match code {
             "invalid-argument" | "too-large" => Self::Usage,
             "not-found" => Self::NotFound,
-            "already-exists" | "in-use" | "version-mismatch" | "request-reused" | "stale" | "precondition" => {
-                Self::Conflict
-            }
+            "already-exists" | "in-use" | "version-mismatch" | "request-reused" | "stale" | "precondition"
+            | "compacted" => Self::Conflict,
             "quota-exceeded" | "no-room" | "no-address" | "internal" | "unimplemented" | "failed" | "inconclusive"
-            | "level-too-low" => Self::Refused,
+            | "level-too-low" | "damaged" | "too-new" => Self::Refused,
             "unavailable" | "no-quorum" | "overloaded" => Self::Unavailable,
             "timeout" | "unproven" => Self::Unknown,
             "unauthenticated" | "forbidden" | "bad-join-token" => Self::Denied,

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     commands::{
         backup, bill, completion, image, network, node, price, quorum, recovery, setting, tag, template, tenant, user,
-        vm,
+        vm, watch,
     },
     output::Format,
     quantity::duration,
@@ -110,6 +110,9 @@ pub enum Command {
     /// What is lost, what waits, and the brake
     #[command(subcommand)]
     Recovery(recovery::RecoveryCommand),
+    /// Tells what changes, a line a change, until it is ended
+    #[command(after_help = watch::EXAMPLE)]
+    Watch(watch::WatchArgs),
     /// The controllers as one
     #[command(subcommand)]
     Quorum(quorum::QuorumCommand),

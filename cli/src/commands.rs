@@ -19,6 +19,7 @@ pub mod template;
 pub mod tenant;
 pub mod user;
 pub mod vm;
+pub mod watch;
 
 use api::error::ApiError;
 
@@ -47,6 +48,7 @@ pub async fn run(cli: Cli, format: Format) -> Result<(), ApiError> {
         Command::Setting(command) => setting::run(command, &context()?).await,
         Command::Backup(command) => backup::run(command, &context()?).await,
         Command::Recovery(command) => recovery::run(command, &context()?).await,
+        Command::Watch(args) => watch::run(args, &context()?).await,
         Command::Quorum(command) => quorum::run(command, context, format).await,
         #[cfg(feature = "controller")]
         Command::Controller(command) => controller::run(command, format).await.map_err(local),

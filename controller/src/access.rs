@@ -34,15 +34,29 @@ impl Caller {
 ///
 /// A token that this replica does not know may be newer than the replica: it asks the quorum once before it refuses.
 pub(crate) async fn caller<T>(core: &Core, request: &tonic::Request<T>) -> Result<Caller, ApiError> {
-    let refused = || ApiError::unauthenticated("the call carries no valid token");
-    let header = request.metadata().get(TOKEN_KEY).and_then(|value| value.to_str().ok()).ok_or_else(refused)?;
-    let text = header.strip_prefix("Bearer ").ok_or_else(refused)?;
-    let digest = token::user_token_digest(text).ok_or_else(refused)?;
+    let digest = token_of(request)?;
     if let Some(caller) = core.replica.read(|state| known(state, &digest)) {
         return Ok(caller);
     }
     core.linearize().await?;
     core.replica.read(|state| known(state, &digest)).ok_or_else(refused)
+}
+
+/// The digest of the token that the call carries.
+pub(crate) fn token_of<T>(request: &tonic::Request<T>) -> Result<Digest, ApiError> {
+    let header = request.metadata().get(TOKEN_KEY).and_then(|value| value.to_str().ok()).ok_or_else(refused)?;
+    let text = header.strip_prefix("Bearer ").ok_or_else(refused)?;
+    token::user_token_digest(text).ok_or_else(refused)
+}
+
+/// For a call that goes on: whether the token is still that user's, with the same rights.
+pub(crate) fn still(core: &Core, token: &Digest, caller: &Caller) -> bool {
+    let now = core.replica.read(|state| known(state, token));
+    now.is_some_and(|now| now.name == caller.name && now.role == caller.role)
+}
+
+fn refused() -> ApiError {
+    ApiError::unauthenticated("the call carries no valid token")
 }
 
 fn known(state: &State, token: &Digest) -> Option<Caller> {

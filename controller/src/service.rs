@@ -21,6 +21,7 @@ mod recovery;
 mod rehearsal;
 mod tag;
 mod vm;
+mod watch;
 
 pub(crate) struct Service {
     pub core: Arc<Core>,
@@ -86,6 +87,7 @@ impl Service {
 impl Trefoil for Service {
     type ExportImageStream = Flow<proto::Chunk>;
     type BackUpQuorumStream = Flow<proto::Chunk>;
+    type WatchStream = Flow<proto::WatchReply>;
 
     async fn create_vm(&self, request: Request<proto::CreateVmRequest>) -> Answer<proto::Vm> {
         answer(self.vm_create(request).await)
@@ -168,6 +170,10 @@ impl Trefoil for Service {
     }
     async fn delete_tag(&self, request: Request<proto::DeleteTagRequest>) -> Answer<proto::Done> {
         self.do_change("DeleteTag", request, tag::delete).await
+    }
+
+    async fn watch(&self, request: Request<proto::WatchRequest>) -> Answer<Self::WatchStream> {
+        answer(self.watch_begin(request).await)
     }
 
     async fn get_bill(&self, request: Request<proto::GetBillRequest>) -> Answer<proto::Bill> {

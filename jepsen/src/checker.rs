@@ -5,6 +5,7 @@ pub mod capacity;
 pub mod home;
 pub mod image;
 pub mod ledger;
+pub mod log;
 pub mod register;
 pub mod request;
 pub mod rest;
@@ -12,6 +13,7 @@ pub mod revision;
 pub mod set;
 #[cfg(test)]
 pub mod trial;
+pub mod watch;
 
 /// What a checker says.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,10 +4,10 @@ use std::{future::Future, time::Duration};
 
 use api::{
     error::{ApiError, CODE_KEY, ErrorKind},
-    proto::{GetTagRequest, ListRequest, SetTagRequest, Tag, trefoil_client::TrefoilClient},
+    proto::{GetTagRequest, ListRequest, SetTagRequest, Tag, WatchReply, WatchRequest, trefoil_client::TrefoilClient},
     tls,
 };
-use tonic::{Request, Status, metadata::AsciiMetadataValue, transport::Channel};
+use tonic::{Request, Status, Streaming, metadata::AsciiMetadataValue, transport::Channel};
 
 use crate::cluster::Access;
 
@@ -115,6 +115,12 @@ impl Client {
                 Answer::Info(why) => return Answer::Info(why),
             }
         }
+    }
+
+    /// All that changes in the cloud after an index, or from now on.
+    pub async fn watch(&mut self, after: Option<u64>) -> Answer<Streaming<WatchReply>> {
+        let call = self.api.watch(self.request(WatchRequest { tenant: String::new(), after }));
+        answer(tokio::time::timeout(self.timeout, call).await)
     }
 
     fn request<T>(&self, message: T) -> Request<T> {

@@ -24,6 +24,7 @@ use tonic::transport::Channel;
 
 use self::{process::Process, switch::Switch};
 
+pub mod disks;
 mod host;
 mod launch;
 pub mod process;

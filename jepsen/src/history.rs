@@ -15,6 +15,8 @@ use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub mod edn;
+
 /// What became of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -55,6 +57,9 @@ pub enum Function {
     Import,
     /// The answer is the digest of the bytes that came.
     Export,
+    /// One message of a watch: the value is the index after which it goes on, then `[index, kind, id, present]` of each
+    /// change.
+    Watch,
     /// What one controller or host says after everything was healed.
     Final,
 }

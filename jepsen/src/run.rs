@@ -1,23 +1,23 @@
-//! One run: clients work, the nemesis strikes and heals in turns, then everything must be there and agree.
+//! One run: clients work, the nemesis strikes and heals in turns, then everything must be there and agree, on the
+//! controllers' disks too.
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
+    process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
-use hdrhistogram::Histogram;
-use serde::Serialize;
 
 use crate::{
     chance::Chance,
-    checker::Finding,
-    cluster::{Cluster, OFTEN, Options, switch::Switch},
+    checker::{Finding, log},
+    cluster::{Cluster, OFTEN, Options, disks::Dump, switch::Switch},
     effect::{self, Effect},
-    history::{self, Kind, Operation, Recorder},
+    history::{self, Event, Recorder},
     nemesis::{self, Family, Fault, Outcome},
-    verdict::Verdict,
-    workload::{Evidence, SETTLE, Shared, Site, TENANT, Workload, idle},
+    report::{self, About, Report, Seen},
+    workload::{Evidence, SETTLE, Shared, Site, TENANT, Workload},
 };
 
 /// A machine has three to live on, and one can be lost; of the smallest template four fit on each.
@@ -27,8 +27,6 @@ const OFFER: (u64, u64) = (4, 400 << 20);
 const STEADY_MILLIS: u64 = 1;
 /// Without faults, before the first, between two, and after the last.
 const CALM: Duration = Duration::from_secs(2);
-/// Operations that must have been acknowledged in calm for a run to count.
-const ENOUGH: usize = 200;
 
 pub struct Plan {
     pub seconds: u64,
@@ -37,37 +35,6 @@ pub struct Plan {
     pub workloads: Vec<&'static dyn Workload>,
     /// Where history, logs and report go.
     pub folder: PathBuf,
-}
-
-/// What a run leaves beside its history.
-#[derive(Debug, Serialize)]
-pub struct Report {
-    pub verdict: Verdict,
-    pub seed: u64,
-    pub seconds: f64,
-    pub findings: Vec<(String, String)>,
-    pub gaps: Vec<String>,
-    /// Families that this machine cannot do, with the reason.
-    pub skipped: Vec<String>,
-    pub faults: Vec<Outcome>,
-    pub operations: usize,
-    pub acknowledged: usize,
-    pub refused: usize,
-    pub unknown: usize,
-    pub latency: Vec<Latency>,
-}
-
-/// Latencies of acknowledged operations in one phase, milliseconds.
-#[derive(Debug, Serialize)]
-pub struct Latency {
-    pub phase: String,
-    pub count: u64,
-    pub p50: f64,
-    pub p99: f64,
-    pub p999: f64,
-    pub max: f64,
-    /// The longest time in the phase without an acknowledged write anywhere.
-    pub longest_write_gap: f64,
 }
 
 /// # Errors
@@ -104,19 +71,82 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     }
     let agree = cluster.hashes_agree(SETTLE).await;
     let seconds = began.elapsed().as_secs_f64();
+    let (disks, about) = (cluster.disks(), about(plan, &cluster, isolated, began_unix_millis)?);
     cluster.stop().await?;
-
-    let operations = history::operations(&shared.recorder.finish()?).map_err(anyhow::Error::msg)?;
+    let events = shared.recorder.finish()?;
+    let dumps = tokio::task::spawn_blocking(move || disks.dump()).await??;
     let effects = effect::read(&effects, shared.recorder.began())?;
     let steady = shared.recorder.began_unix_millis().abs_diff(began_unix_millis) <= STEADY_MILLIS;
     if !steady {
         skipped
             .push("the bill beside the effect log: the wall clock of this machine was set during the run".to_owned());
     }
-    let witness = (&effects[..], steady.then_some(began_unix_millis));
-    let report = judge(plan, seconds, &operations, witness, outcomes, skipped, agree);
-    std::fs::write(plan.folder.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
+    let began_unix_millis = steady.then_some(began_unix_millis);
+    let ended = Ended { seconds, began_unix_millis, events, effects, outcomes, skipped, agree, dumps };
+    write_report(plan, about, ended)
+}
+
+/// What is left when all processes have ended.
+struct Ended {
+    seconds: f64,
+    /// When the history's clock began; not known when the wall clock was set meanwhile.
+    began_unix_millis: Option<u64>,
+    events: Vec<Event>,
+    effects: Vec<Effect>,
+    outcomes: Vec<Outcome>,
+    skipped: Vec<String>,
+    agree: Result<(), String>,
+    dumps: Vec<Dump>,
+}
+
+/// Judges, and writes everything into the folder: what clients could not know in `resolved.jsonl`, the history for other
+/// checkers in `edn`, the report as JSON and as a page.
+fn write_report(plan: &Plan, about: About, ended: Ended) -> anyhow::Result<Report> {
+    let Ended { seconds, began_unix_millis, events, effects, outcomes, skipped, agree, dumps } = ended;
+    let operations = history::operations(&events).map_err(anyhow::Error::msg)?;
+    let resolved = log::resolve(&events, &dumps);
+    let known = log::with_resolved(&operations, &resolved);
+    let evidence = Evidence { operations: &known, effects: &effects, began_unix_millis };
+    let undone = plan.workloads.iter().flat_map(|workload| workload.gaps(&evidence)).collect();
+    let mut named: Vec<_> = plan.workloads.iter().flat_map(|workload| workload.judge(&evidence)).collect();
+    named.push(("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)));
+    named.push(("disks: one entry at an index, applied by a majority", log::matches(&dumps)));
+    named.push(("disks: equal index, equal state", log::states(&dumps)));
+    named.push(("disks: nothing acknowledged is missing", log::acknowledged(&events, &dumps)));
+    let seen = Seen { seconds, operations: &operations, faults: outcomes, skipped, undone, resolved: &resolved };
+    let report = report::judge(plan, about, seen, &named);
+    let write = |name: &str, text: String| std::fs::write(plan.folder.join(name), text);
+    let lines = resolved.iter().map(|resolved| Ok(serde_json::to_string(resolved)? + "\n"));
+    write("resolved.jsonl", lines.collect::<anyhow::Result<String>>()?)?;
+    history::edn::export(&plan.folder.join("edn"), &events)?;
+    write("report.json", serde_json::to_string_pretty(&report)?)?;
+    write("report.html", report::render(&report, &operations))?;
     Ok(report)
+}
+
+fn about(plan: &Plan, cluster: &Cluster, isolated: bool, began_unix_millis: u64) -> anyhow::Result<About> {
+    let version = cluster.trefoil(&["--version"]).output()?;
+    let kernel = Command::new("uname").arg("-sr").output()?;
+    let said = |output: std::process::Output| String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let names: Vec<String> = plan.workloads.iter().map(|workload| workload.name().to_owned()).collect();
+    let families: Vec<String> = plan.families.iter().map(|family| format!("{family:?}").to_lowercase()).collect();
+    let command = format!(
+        "make jepsen TIME={} SEED={} NEMESIS={} WORKLOAD={}",
+        plan.seconds,
+        plan.seed,
+        families.join(","),
+        names.join(",")
+    );
+    Ok(About {
+        version: said(version),
+        kernel: said(kernel),
+        processors: std::thread::available_parallelism().map_or(0, usize::from),
+        controllers: cluster.size(),
+        isolated,
+        began_unix_millis,
+        command,
+        workloads: names,
+    })
 }
 
 /// The faults to go through in turn, and the families that this machine cannot do.
@@ -166,170 +196,4 @@ async fn strike(
         tokio::time::sleep(CALM).await;
     }
     Ok(outcomes)
-}
-
-fn judge(
-    plan: &Plan,
-    seconds: f64,
-    operations: &[Operation],
-    (effects, began_unix_millis): (&[Effect], Option<u64>),
-    mut faults: Vec<Outcome>,
-    skipped: Vec<String>,
-    agree: Result<(), String>,
-) -> Report {
-    let evidence = Evidence { operations, effects, began_unix_millis };
-    let mut named: Vec<_> = plan.workloads.iter().flat_map(|workload| workload.judge(&evidence)).collect();
-    named.push(("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)));
-    for fault in &mut faults {
-        fault.write_gap = write_gap(operations, (fault.began, fault.healed));
-    }
-    let mut gaps = gaps(plan, operations, &faults);
-    gaps.extend(plan.workloads.iter().flat_map(|workload| workload.gaps(&evidence)));
-    let findings: Vec<Finding> = named.iter().map(|(_, finding)| finding.clone()).collect();
-    let with = |kind: Kind| operations.iter().filter(|o| o.outcome == kind).count();
-    let latency = vec![
-        latency("calm", operations, &calm_windows(&faults)),
-        latency("fault", operations, &faults.iter().map(|f| (f.began, f.healed)).collect::<Vec<_>>()),
-        latency("healing", operations, &faults.iter().map(|f| (f.healed, f.settled)).collect::<Vec<_>>()),
-    ];
-    Report {
-        verdict: Verdict::of(&findings, &gaps),
-        seed: plan.seed,
-        seconds,
-        findings: named.iter().map(|(name, finding)| ((*name).to_owned(), describe(finding))).collect(),
-        gaps,
-        skipped,
-        operations: operations.len(),
-        acknowledged: with(Kind::Ok),
-        refused: with(Kind::Fail),
-        unknown: with(Kind::Info),
-        faults,
-        latency,
-    }
-}
-
-fn describe(finding: &Finding) -> String {
-    match finding {
-        Finding::Holds => "holds".into(),
-        Finding::Broken(how) => format!("BROKEN: {how}"),
-        Finding::Undecided(why) => format!("undecided: {why}"),
-    }
-}
-
-/// Before the first fault, between two, and after the last.
-fn calm_windows(faults: &[Outcome]) -> Vec<(u64, u64)> {
-    let starts = std::iter::once(0).chain(faults.iter().map(|fault| fault.settled));
-    let ends = faults.iter().map(|fault| fault.began).chain(std::iter::once(u64::MAX));
-    starts.zip(ends).collect()
-}
-
-/// What the run should have done and did not.
-fn gaps(plan: &Plan, operations: &[Operation], faults: &[Outcome]) -> Vec<String> {
-    let mut gaps = Vec::new();
-    let acknowledged: Vec<&Operation> = operations.iter().filter(|o| o.outcome == Kind::Ok).collect();
-    let write = |o: &&&Operation| o.f.is_write();
-    let within =
-        |from: u64, to: u64| acknowledged.iter().filter(write).filter(|o| o.start >= from && o.end <= to).count();
-    if calm_windows(faults).iter().map(|(from, to)| within(*from, *to)).sum::<usize>() < ENOUGH {
-        gaps.push(format!("fewer than {ENOUGH} writes were acknowledged in calm"));
-    }
-    for fault in faults {
-        if fault.doubt.is_empty() && fault.fault.leaves_a_majority() && within(fault.began, fault.healed) == 0 {
-            gaps.push(format!("no write was acknowledged during '{}'", fault.fault));
-        }
-    }
-    if let Some(last) = faults.last()
-        && within(last.settled, u64::MAX) == 0
-    {
-        gaps.push("no write was acknowledged after the last fault".into());
-    }
-    for family in &plan.families {
-        let really = faults.iter().any(|f| family.faults().contains(&f.fault) && f.doubt.is_empty());
-        let possible = !matches!(family, Family::Partition | Family::Host) || Switch::obstacle().is_none();
-        if possible && !really {
-            gaps.push(format!("no fault of the family {family:?} really happened"));
-        }
-    }
-    let spans: Vec<_> = faults.iter().filter(|f| f.fault.leaves_a_majority()).map(|f| (f.began, f.healed)).collect();
-    let quiet = (faults.first().map_or(u64::MAX, |f| f.began), faults.last().map_or(0, |f| f.settled));
-    gaps.extend(plan.workloads.iter().flat_map(|workload| idle(*workload, operations, quiet, &spans)));
-    gaps
-}
-
-fn latency(phase: &str, operations: &[Operation], windows: &[(u64, u64)]) -> Latency {
-    // Up to a minute in microseconds, three digits: enough for anything that a client waits for.
-    let mut histogram: Histogram<u64> = Histogram::new_with_bounds(1, 60_000_000, 3).expect("the bounds are constant");
-    let ended =
-        |o: &&Operation| o.outcome == Kind::Ok && windows.iter().any(|(from, to)| o.end >= *from && o.end < *to);
-    for operation in operations.iter().filter(ended) {
-        histogram.saturating_record((operation.end - operation.start) / 1000);
-    }
-    let millis = |micros: u64| micros as f64 / 1000.0;
-    Latency {
-        phase: phase.to_owned(),
-        count: histogram.len(),
-        p50: millis(histogram.value_at_quantile(0.5)),
-        p99: millis(histogram.value_at_quantile(0.99)),
-        p999: millis(histogram.value_at_quantile(0.999)),
-        max: millis(histogram.max()),
-        longest_write_gap: windows.iter().map(|window| write_gap(operations, *window)).fold(0.0, f64::max),
-    }
-}
-
-/// The longest time, in milliseconds, in which no write that ended in the window was acknowledged.
-fn write_gap(operations: &[Operation], (from, to): (u64, u64)) -> f64 {
-    let written = |o: &&Operation| o.outcome == Kind::Ok && o.f.is_write();
-    let mut ends: Vec<u64> =
-        operations.iter().filter(written).map(|o| o.end).filter(|e| *e >= from && *e < to).collect();
-    ends.sort_unstable();
-    let last = if to == u64::MAX { ends.last().copied().unwrap_or(from) } else { to };
-    ends.push(last);
-    let mut previous = from;
-    let mut longest = 0;
-    for end in ends {
-        longest = longest.max(end.saturating_sub(previous));
-        previous = end;
-    }
-    longest as f64 / 1_000_000.0
-}
-
-impl Report {
-    /// For a terminal.
-    pub fn print(&self, folder: &Path) {
-        println!("\n{:<16}  {:<38} {:>12}", "fault", "hit", "write gap ms");
-        for fault in &self.faults {
-            println!("{:<16}  {:<38} {:>12.0}", fault.fault, fault.hit.join(" "), fault.write_gap);
-        }
-        println!();
-        for (promise, finding) in &self.findings {
-            println!("{promise:<38} {finding}");
-        }
-        for gap in &self.gaps {
-            println!("{:<38} {gap}", "coverage");
-        }
-        for skipped in &self.skipped {
-            println!("{:<38} {skipped}", "skipped");
-        }
-        println!();
-        println!("{:<10}{:>10}{:>10}{:>10}{:>10}{:>10}{:>14}", "ms", "ok", "p50", "p99", "p99.9", "max", "write gap");
-        for l in &self.latency {
-            println!(
-                "{:<10}{:>10}{:>10.1}{:>10.1}{:>10.1}{:>10.1}{:>14.1}",
-                l.phase, l.count, l.p50, l.p99, l.p999, l.max, l.longest_write_gap
-            );
-        }
-        println!();
-        println!(
-            "{} operations: {} acknowledged, {} refused, {} unknown; {} faults in {:.0} s; seed {}; {}",
-            self.operations,
-            self.acknowledged,
-            self.refused,
-            self.unknown,
-            self.faults.len(),
-            self.seconds,
-            self.seed,
-            folder.display()
-        );
-        println!("{}", self.verdict);
-    }
 }

@@ -12,11 +12,15 @@ use crate::{
     table::{LoadError, RowChange, Table},
 };
 
+mod change;
 mod generation;
 mod index;
+mod rows;
 
+pub use change::{Change, Owner};
 use index::forget;
 pub use index::{Index, Usage};
+pub use rows::RowVisitor;
 
 /// Equal on every replica at the same log index.
 #[derive(Clone, Debug)]
@@ -302,14 +306,6 @@ impl State {
         state.cluster.settle();
         state.index = Index::of(&state);
         Ok(state)
-    }
-
-    /// The rows that follow from the tables, rebuilt from nothing; equal to the kept ones, always.
-    pub fn rebuilt_index(&self) -> Index {
-        Index::of(self)
-    }
-    pub fn kept_index(&self) -> &Index {
-        &self.index
     }
 }
 

@@ -20,6 +20,7 @@ mod clock;
 mod core;
 mod dialect;
 mod error;
+mod feed;
 mod linear;
 mod log;
 mod machine;
@@ -34,6 +35,7 @@ mod watcher;
 mod wire;
 
 pub use error::{MembershipError, OpenError, ProposeError, ReadError};
+pub use feed::{Changes, Compacted};
 pub use propose::{Committed, PROPOSE_DEADLINE, Proposal};
 pub use replica::{PeerTls, Replica, ReplicaConfig, Timing};
 pub use serve::PeerService;

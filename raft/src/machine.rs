@@ -10,7 +10,7 @@ use std::{
 };
 
 use futures::{Stream, TryStreamExt};
-use model::State;
+use model::{State, state::Change};
 use openraft::{
     EntryPayload, OptionalSend, RaftSnapshotBuilder,
     storage::{ApplyResponder, EntryResponder, RaftStateMachine},
@@ -25,6 +25,7 @@ use tokio::sync::watch;
 
 use crate::{
     dialect::{self, Entry, Outcome, Snapshot, SnapshotMeta, StoredMembership, TypeConfig},
+    feed::{Changes, Compacted, Feed, Gathered},
     status::HashAt,
 };
 
@@ -46,6 +47,7 @@ struct Shared {
     tables: StateStore,
     snapshots: SnapshotStore,
     hashes: Mutex<Hashes>,
+    feed: Feed,
     applied: watch::Sender<u64>,
     on_failure: OnFailure,
     /// The highest feature level that this version knows.
@@ -79,8 +81,10 @@ impl Machine {
         let view = view(loaded, knows)?;
         let index = view.applied.map(|p| p.index);
         let hashes = Hashes { latest: index.map(|index| HashAt { index, hash }), ..Hashes::default() };
+        let feed = Feed::new(&view.state, index.unwrap_or(0));
         let shared = Shared {
             view: RwLock::new(view),
+            feed,
             tables,
             snapshots,
             hashes: Mutex::new(hashes),
@@ -98,6 +102,11 @@ impl Machine {
 
     pub fn watch_applied(&self) -> watch::Receiver<u64> {
         self.shared.applied.subscribe()
+    }
+
+    /// See [`Feed::read`].
+    pub fn changes(&self, after: u64, most: usize, wanted: impl Fn(&Change) -> bool) -> Result<Changes, Compacted> {
+        self.shared.feed.read(after, most, wanted)
     }
 
     /// The hashes that are still known, the latest included, in the order of their indexes.
@@ -128,24 +137,27 @@ impl Machine {
         let mut batch = Batch { applied: Some(applied), ..Batch::default() };
         let mut answers: Vec<(ApplyResponder<TypeConfig>, Outcome)> = Vec::new();
         let mut hashes = Vec::new();
+        let mut gathered = Gathered::default();
         {
             let mut view = self.shared.view.write().unwrap_or_else(PoisonError::into_inner);
             for (entry, responder) in chunk.drain(..) {
                 let index = entry.log_id.index;
                 let outcome = apply_entry(&mut view, entry, &mut batch)?;
                 self.fail(understood(&view.state, self.shared.knows))?;
+                gathered.add(index, &mut view.state);
                 if index.is_multiple_of(HASH_EVERY) {
-                    batch.rows.extend(view.state.drain_changes());
                     hashes.push(HashAt { index, hash: view.state.hash() });
                 }
                 answers.extend(responder.map(|responder| (responder, outcome)));
             }
-            batch.rows.extend(view.state.drain_changes());
             batch.hash = view.state.hash();
             view.applied = Some(applied);
         }
+        let (rows, changes) = gathered.into_parts();
+        batch.rows = rows;
         self.shared.tables.write(&batch).map_err(io::Error::other)?;
         self.remember(hashes, HashAt { index: applied.index, hash: batch.hash });
+        self.shared.feed.extend(applied.index, changes);
         self.shared.applied.send_replace(applied.index);
         for (responder, outcome) in answers {
             responder.send(outcome);
@@ -203,6 +215,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         let hash = loaded.state.hash();
         let new = self.fail(view(loaded, self.shared.knows))?;
         let index = new.applied.map_or(0, |p| p.index);
+        self.shared.feed.begin_again(&new.state, index);
         *self.shared.view.write().unwrap_or_else(PoisonError::into_inner) = new;
         self.remember(Vec::new(), HashAt { index, hash });
         self.shared.applied.send_replace(index);

@@ -26,6 +26,7 @@ use crate::{
     core::{Core, SharedCore},
     dialect::Raft,
     error::{MembershipError, OpenError, ProposeError, ReadError},
+    feed::{Changes, Compacted},
     linear::{self, READ_QUEUE},
     log::LogAdapter,
     machine::Machine,
@@ -290,6 +291,11 @@ impl Replica {
         self.core.fenced.subscribe()
     }
 
+    /// Becomes true when it is shut down: what goes on without an end of its own ends then.
+    pub fn watch_stopping(&self) -> watch::Receiver<bool> {
+        self.core.stopping.subscribe()
+    }
+
     pub fn is_leader(&self) -> bool {
         self.core.leadership().leading
     }
@@ -305,6 +311,19 @@ impl Replica {
     /// The applied index; the state that [`Self::read`] shows is at least of it.
     pub fn watch_applied(&self) -> watch::Receiver<u64> {
         self.core.machine.watch_applied()
+    }
+
+    /// The changes after an index that are `wanted`, about `most` of them; the same on every replica.
+    ///
+    /// # Errors
+    /// When they are not all kept any more.
+    pub fn changes(
+        &self,
+        after: u64,
+        most: usize,
+        wanted: impl Fn(&model::state::Change) -> bool,
+    ) -> Result<Changes, Compacted> {
+        self.core.machine.changes(after, most, wanted)
     }
 
     /// Id and address of every member, learners too.

@@ -43,8 +43,10 @@ pub fn open_state(path: &Path) -> Result<DB, StorageError> {
 }
 
 pub fn open_log_read_only(path: &Path) -> Result<DB, StorageError> {
-    DB::open_cf_for_read_only(&Options::default(), path, [LOG_ENTRIES, LOG_META], false)
-        .map_err(StorageError::database(path))
+    let mut options = Options::default();
+    options.set_paranoid_checks(true);
+    options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    DB::open_cf_for_read_only(&options, path, [LOG_ENTRIES, LOG_META], false).map_err(StorageError::database(path))
 }
 
 pub fn open_state_read_only(path: &Path) -> Result<DB, StorageError> {

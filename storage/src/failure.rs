@@ -45,6 +45,10 @@ pub enum StorageError {
         "the cloud is at feature level {level} and this version of trefoil knows up to {known}: run a newer version here"
     )]
     TooNew { level: u32, known: u32 },
+    #[error("the controller runs: its log is in use")]
+    Running,
+    #[error("the state at {index} is not kept: it can be had from {first} to {last}")]
+    NotKept { index: u64, first: u64, last: u64 },
     #[error("the log's writer has stopped")]
     Stopped,
 }

@@ -252,7 +252,7 @@ impl Table {
     }
 
     /// Reads everything once: each entry intact, none missing, the first one right after what was purged.
-    fn verify(&self) -> Result<(), StorageError> {
+    pub(crate) fn verify(&self) -> Result<(), StorageError> {
         self.vote()?;
         self.committed()?;
         let mut next = self.purged()?.map(|p| p.index + 1);
@@ -268,7 +268,7 @@ impl Table {
         Ok(())
     }
 
-    fn last(&self) -> Result<Option<Position>, StorageError> {
+    pub(crate) fn last(&self) -> Result<Option<Position>, StorageError> {
         match self.db.iterator_cf(self.entries(), IteratorMode::End).next() {
             None => self.purged(),
             Some(row) => {

@@ -1,11 +1,11 @@
-//! `trefoil controller`: makes a cloud, joins one, and runs a controller.
+//! `trefoil controller`: makes a cloud, joins one, runs a controller, and shows what a stopped one has on its disk.
 
 use std::{net::SocketAddr, path::PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use controller::{InitArgs, JoinArgs, RunArgs, Timing};
-use serde_json::json;
+use controller::{DumpArgs, InitArgs, JoinArgs, RunArgs, Timing};
+use serde_json::{Value, json};
 
 use super::asked_to_end;
 use crate::{
@@ -49,6 +49,24 @@ pub enum ControllerCommand {
         /// Log JSON objects, one a line
         #[arg(long)]
         log_json: bool,
+    },
+    /// Shows what a stopped controller has on its disk, a line a thing, and changes nothing
+    #[command(
+        after_help = "Example:\n  trefoil controller dump --data /var/lib/trefoil/controller --log --output json\n  trefoil controller dump --data /var/lib/trefoil/controller --state --at 4711"
+    )]
+    Dump {
+        /// Its directory
+        #[arg(long, value_name = "DIRECTORY")]
+        data: PathBuf,
+        /// Every entry that its log still has
+        #[arg(long)]
+        log: bool,
+        /// Every row of its state
+        #[arg(long)]
+        state: bool,
+        /// The log index that the state is to be of [default: that of the tables on disk]
+        #[arg(long, value_name = "INDEX")]
+        at: Option<u64>,
     },
 }
 
@@ -108,6 +126,45 @@ pub async fn run(command: ControllerCommand, format: Format) -> Result<()> {
         ControllerCommand::Init { place, operator, from_backup } => init(place, operator, from_backup, format).await,
         ControllerCommand::Join { place, token } => join(place, &token, format).await,
         ControllerCommand::Run { data, .. } => controller::run(RunArgs { data }, asked_to_end()?).await,
+        ControllerCommand::Dump { data, log, state, at } => dump(&DumpArgs { data, log, state, at }, format),
+    }
+}
+
+/// One line a thing in either format, so that a log of any length can be read as it comes.
+fn dump(args: &DumpArgs, format: Format) -> Result<()> {
+    controller::dump(args, &mut |line| {
+        let text = match format {
+            Format::Json => line.to_string(),
+            Format::Table => output::printable(&line_text(&line)).into_owned(),
+        };
+        Ok(output::write(format!("{text}\n").as_bytes())?)
+    })
+}
+
+/// The same for people: what it is, then its parts as they are named in JSON.
+fn line_text(line: &Value) -> String {
+    let part = |name: &str| match &line[name] {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    match line["kind"].as_str() {
+        Some("entry") => {
+            let head = format!("{:>8}  term {} of controller-{}", part("index"), part("term"), part("leader"));
+            match line["what"].as_str() {
+                Some("command") => {
+                    format!("{head}  {}  {}  {}  {}", part("at"), part("request"), part("actor"), part("command"))
+                }
+                Some("membership") => format!("{head}  membership {} of {}", part("voters"), part("members")),
+                _ => format!("{head}  blank"),
+            }
+        }
+        Some("row") => format!("{}  {}  {}", part("table"), part("key"), part("row")),
+        _ => {
+            let names = line.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
+            let pairs: Vec<_> = names.filter(|name| *name != "kind").map(|name| (name, part(name))).collect();
+            output::details(&pairs, None)
+        }
     }
 }
 

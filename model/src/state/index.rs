@@ -51,6 +51,16 @@ pub struct Index {
     pub(crate) thin_images: BTreeSet<ImageId>,
 }
 
+impl State {
+    /// What follows from the rows, rebuilt from nothing; equal to what is kept, always.
+    pub fn rebuilt_index(&self) -> Index {
+        Index::of(self)
+    }
+    pub fn kept_index(&self) -> &Index {
+        &self.index
+    }
+}
+
 /// What a tenant holds, as its quota counts it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
