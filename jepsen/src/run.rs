@@ -12,10 +12,10 @@ use serde::Serialize;
 use crate::{
     chance::Chance,
     checker::Finding,
-    cluster::{Cluster, OFTEN, Options, switch::Switch},
+    cluster::{Cluster, OFTEN, Options},
     effect::{self, Effect},
     history::{self, Kind, Operation, Recorder},
-    nemesis::{self, Family, Fault, Outcome},
+    nemesis::{self, Family, Fault, Outcome, Unsettled, core, round},
     verdict::Verdict,
     workload::{Evidence, SETTLE, Shared, Site, TENANT, Workload, idle},
 };
@@ -34,6 +34,7 @@ pub struct Plan {
     pub seconds: u64,
     pub seed: u64,
     pub families: Vec<Family>,
+    pub controllers: usize,
     pub workloads: Vec<&'static dyn Workload>,
     /// Where history, logs and report go.
     pub folder: PathBuf,
@@ -74,11 +75,15 @@ pub struct Latency {
 /// When the harness fails; that is no verdict.
 pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     std::fs::create_dir_all(&plan.folder)?;
-    let (faults, mut skipped) = faults(plan);
-    let isolated =
-        faults.iter().any(|fault| matches!(fault, Fault::Host(_)) || Family::Partition.faults().contains(fault));
-    let options = Options { controllers: 3, agents: HOSTS, offer: Some(OFFER), isolated, snapshot_every: OFTEN };
+    let (turns, mut skipped) = turns(plan);
+    let possible = |family: &&Family| family.obstacle().is_none();
+    let isolated = plan.families.iter().filter(possible).any(|family| family.isolates());
+    let options =
+        Options { controllers: plan.controllers, agents: HOSTS, offer: Some(OFFER), isolated, snapshot_every: OFTEN };
     let mut cluster = Cluster::start(&plan.folder.join("cluster"), options).await?;
+    if plan.families.iter().filter(possible).any(|family| family.preloads()) {
+        cluster.preload().await?;
+    }
     cluster.create_tenant(TENANT).await?;
 
     let recorder = Recorder::new(Some(&plan.folder.join("history.jsonl")))?;
@@ -94,17 +99,31 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     for workload in &plan.workloads {
         workers.extend(workload.start(&Site { cluster: &cluster, shared: &shared }, &mut chance)?);
     }
-    let outcomes = strike(&mut cluster, plan, &faults, &shared, began, &mut chance).await?;
+    let mut outcomes = Vec::new();
+    let struck = strike(&mut cluster, plan, &turns, (&shared, began), &mut chance, &mut outcomes).await;
+    let unsettled = match struck {
+        Ok(()) => None,
+        Err(error) => Some(error.downcast::<Unsettled>()?),
+    };
     shared.end();
     for worker in workers {
         worker.await.context("a client panicked")?;
     }
-    for workload in &plan.workloads {
-        workload.finish(&Site { cluster: &cluster, shared: &shared }).await.context(workload.name())?;
+    let mut last = vec![("recovery: who is healed agrees again", Finding::Holds)];
+    if let Some(unsettled) = unsettled {
+        last[0].1 = Finding::Broken(unsettled.to_string());
+    } else {
+        for workload in &plan.workloads {
+            workload.finish(&Site { cluster: &cluster, shared: &shared }).await.context(workload.name())?;
+        }
+        let agree = cluster.hashes_agree(SETTLE).await;
+        last.push(("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)));
     }
-    let agree = cluster.hashes_agree(SETTLE).await;
     let seconds = began.elapsed().as_secs_f64();
-    cluster.stop().await?;
+    // One that did not recover is not asked to end.
+    if last.len() > 1 {
+        cluster.stop().await?;
+    }
 
     let operations = history::operations(&shared.recorder.finish()?).map_err(anyhow::Error::msg)?;
     let effects = effect::read(&effects, shared.recorder.began())?;
@@ -114,58 +133,85 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
             .push("the bill beside the effect log: the wall clock of this machine was set during the run".to_owned());
     }
     let witness = (&effects[..], steady.then_some(began_unix_millis));
-    let report = judge(plan, seconds, &operations, witness, outcomes, skipped, agree);
+    let report = judge(plan, seconds, &operations, witness, outcomes, skipped, last);
     std::fs::write(plan.folder.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
     Ok(report)
 }
 
-/// The faults to go through in turn, and the families that this machine cannot do.
-fn faults(plan: &Plan) -> (Vec<Fault>, Vec<String>) {
-    let cuts = |family: &Family| matches!(family, Family::Partition | Family::Host);
-    let obstacle = if plan.families.iter().any(cuts) { Switch::obstacle() } else { None };
-    let possible = |family: &&Family| !cuts(family) || obstacle.is_none();
-    let families: Vec<Family> = plan.families.iter().filter(possible).copied().collect();
-    // One of each family in turn, so that a short run has some of all.
-    let longest = families.iter().map(|family| family.faults().len()).max().unwrap_or(0);
-    let faults = (0..longest).flat_map(|n| families.iter().filter_map(move |family| family.faults().get(n).copied()));
-    (faults.collect(), obstacle.map(|why| format!("partition: {why}")).into_iter().collect())
+/// What happens in one turn.
+#[derive(Clone, Copy)]
+enum Turn {
+    One(Fault),
+    /// Several at once, chosen by chance when it comes.
+    Mix,
 }
 
-/// Faults in turn until the time is over, each at least once if the time allows it.
+/// What to go through in turn, and what this machine cannot do.
+fn turns(plan: &Plan) -> (Vec<Turn>, Vec<String>) {
+    let mut skipped = Vec::new();
+    let mut lists: Vec<Vec<Turn>> = Vec::new();
+    for family in &plan.families {
+        if let Some(why) = family.obstacle() {
+            skipped.push(format!("{family:?}: {why}"));
+            continue;
+        }
+        let mut list = Vec::new();
+        for fault in family.faults(plan.controllers) {
+            match fault.obstacle() {
+                Some(why) => skipped.push(format!("{fault}: {why}")),
+                None => list.push(Turn::One(fault)),
+            }
+        }
+        lists.push(if *family == Family::Mix { vec![Turn::Mix] } else { list });
+    }
+    // One of each family in turn, so that a short run has some of all.
+    let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
+    let turns = (0..longest).flat_map(|n| lists.iter().filter_map(move |list| list.get(n).copied())).collect();
+    (turns, skipped)
+}
+
+/// Faults in turn until the time is over, then the end of [`nemesis::core`].
 async fn strike(
     cluster: &mut Cluster,
     plan: &Plan,
-    faults: &[Fault],
-    shared: &Shared,
-    began: Instant,
+    turns: &[Turn],
+    (shared, began): (&Shared, Instant),
     chance: &mut Chance,
-) -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
+    outcomes: &mut Vec<Outcome>,
+) -> anyhow::Result<()> {
+    let now = || shared.recorder.now();
     tokio::time::sleep(CALM).await;
-    for (number, fault) in faults.iter().cycle().enumerate() {
+    for (number, turn) in turns.iter().cycle().enumerate() {
         // One of each family comes first, however slow the machine is.
-        let late = began.elapsed() + nemesis::HOLD + CALM > Duration::from_secs(plan.seconds);
+        let late = began.elapsed() + 2 * (nemesis::HOLD + CALM) > Duration::from_secs(plan.seconds);
         if late && number >= plan.families.len() {
             break;
         }
-        let start = shared.recorder.now();
-        let in_force = nemesis::inject(cluster, *fault, chance).await?;
-        tokio::time::sleep(nemesis::HOLD).await;
-        let mut outcome = in_force.heal(cluster, start, shared.recorder.now()).await?;
-        cluster.settled(SETTLE).await.with_context(|| format!("after '{fault}'"))?;
-        outcome.settled = shared.recorder.now();
-        eprintln!(
-            "{:>5.1} s  {:<16} {:<24} {}{}",
-            began.elapsed().as_secs_f64(),
-            fault,
-            outcome.hit.join(" "),
-            outcome.evidence,
-            if outcome.doubt.is_empty() { String::new() } else { format!(" (does not count: {})", outcome.doubt) }
-        );
-        outcomes.push(outcome);
+        let faults = match turn {
+            Turn::One(fault) => vec![*fault],
+            Turn::Mix => round::mix(cluster.size(), chance),
+        };
+        let done = round::round(cluster, &faults, now, chance).await?;
+        done.iter().for_each(|outcome| tell(outcome, began));
+        outcomes.extend(done);
         tokio::time::sleep(CALM).await;
     }
-    Ok(outcomes)
+    let last = core::heal_majority_first(cluster, now, chance).await?;
+    tell(&last, began);
+    outcomes.push(last);
+    tokio::time::sleep(CALM).await;
+    Ok(())
+}
+
+fn tell(outcome: &Outcome, began: Instant) {
+    eprintln!(
+        "{:>5.1} s  {:<22} {:<24} {}{}",
+        began.elapsed().as_secs_f64(),
+        outcome.fault,
+        outcome.hit.join(" "),
+        outcome.evidence,
+        if outcome.doubt.is_empty() { String::new() } else { format!(" (does not count: {})", outcome.doubt) }
+    );
 }
 
 fn judge(
@@ -175,11 +221,16 @@ fn judge(
     (effects, began_unix_millis): (&[Effect], Option<u64>),
     mut faults: Vec<Outcome>,
     skipped: Vec<String>,
-    agree: Result<(), String>,
+    last: Vec<(&'static str, Finding)>,
 ) -> Report {
     let evidence = Evidence { operations, effects, began_unix_millis };
     let mut named: Vec<_> = plan.workloads.iter().flat_map(|workload| workload.judge(&evidence)).collect();
-    named.push(("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)));
+    named.extend(last);
+    if faults.iter().any(|fault| matches!(fault.fault, Fault::Disk(_))) {
+        let broken = faults.iter().find(|fault| !fault.broken.is_empty());
+        let finding = broken.map_or(Finding::Holds, |fault| Finding::Broken(fault.broken.clone()));
+        named.push(("disk: damage is refused", finding));
+    }
     for fault in &mut faults {
         fault.write_gap = write_gap(operations, (fault.began, fault.healed));
     }
@@ -208,7 +259,8 @@ fn judge(
     }
 }
 
-fn describe(finding: &Finding) -> String {
+/// For a report.
+pub(crate) fn describe(finding: &Finding) -> String {
     match finding {
         Finding::Holds => "holds".into(),
         Finding::Broken(how) => format!("BROKEN: {how}"),
@@ -234,7 +286,7 @@ fn gaps(plan: &Plan, operations: &[Operation], faults: &[Outcome]) -> Vec<String
         gaps.push(format!("fewer than {ENOUGH} writes were acknowledged in calm"));
     }
     for fault in faults {
-        if fault.doubt.is_empty() && fault.fault.leaves_a_majority() && within(fault.began, fault.healed) == 0 {
+        if fault.doubt.is_empty() && fault.must_write && within(fault.began, fault.healed) == 0 {
             gaps.push(format!("no write was acknowledged during '{}'", fault.fault));
         }
     }
@@ -244,13 +296,13 @@ fn gaps(plan: &Plan, operations: &[Operation], faults: &[Outcome]) -> Vec<String
         gaps.push("no write was acknowledged after the last fault".into());
     }
     for family in &plan.families {
-        let really = faults.iter().any(|f| family.faults().contains(&f.fault) && f.doubt.is_empty());
-        let possible = !matches!(family, Family::Partition | Family::Host) || Switch::obstacle().is_none();
-        if possible && !really {
+        let own = family.faults(plan.controllers);
+        let really = faults.iter().any(|f| f.doubt.is_empty() && (own.contains(&f.fault) || *family == Family::Mix));
+        if family.obstacle().is_none() && !really {
             gaps.push(format!("no fault of the family {family:?} really happened"));
         }
     }
-    let spans: Vec<_> = faults.iter().filter(|f| f.fault.leaves_a_majority()).map(|f| (f.began, f.healed)).collect();
+    let spans: Vec<_> = faults.iter().filter(|f| f.must_write).map(|f| (f.began, f.healed)).collect();
     let quiet = (faults.first().map_or(u64::MAX, |f| f.began), faults.last().map_or(0, |f| f.settled));
     gaps.extend(plan.workloads.iter().flat_map(|workload| idle(*workload, operations, quiet, &spans)));
     gaps
@@ -296,9 +348,9 @@ fn write_gap(operations: &[Operation], (from, to): (u64, u64)) -> f64 {
 impl Report {
     /// For a terminal.
     pub fn print(&self, folder: &Path) {
-        println!("\n{:<16}  {:<38} {:>12}", "fault", "hit", "write gap ms");
+        println!("\n{:<22}  {:<38} {:>12}", "fault", "hit", "write gap ms");
         for fault in &self.faults {
-            println!("{:<16}  {:<38} {:>12.0}", fault.fault, fault.hit.join(" "), fault.write_gap);
+            println!("{:<22}  {:<38} {:>12.0}", fault.fault, fault.hit.join(" "), fault.write_gap);
         }
         println!();
         for (promise, finding) in &self.findings {

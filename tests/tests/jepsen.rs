@@ -16,8 +16,8 @@ async fn some_faults_of_controllers_and_hosts_break_no_promise() {
         skipped("jepsen: partitions and cut hosts", &obstacle);
         families.drain(..2);
     }
-    // One fault of each family.
-    let plan = run::Plan { seconds: 30, seed: 1, families, workloads: ALL.to_vec(), folder: folder.clone() };
+    let plan =
+        run::Plan { seconds: 30, seed: 1, families, controllers: 3, workloads: ALL.to_vec(), folder: folder.clone() };
     let report = run::run(&plan).await.expect("the harness works");
     report.print(&folder);
     assert_eq!(report.verdict, Verdict::Pass, "kept in {}: {:?} {:?}", folder.display(), report.findings, report.gaps);
