@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::bail;
-use clap::{Parser, Subcommand, builder::PossibleValuesParser};
+use clap::{Parser, Subcommand, ValueEnum, builder::PossibleValuesParser};
 use jepsen::{
     cluster::switch::Switch, interrupt::asked_to_end, liveness, nemesis::Family, run, verdict::Verdict, workload,
 };
@@ -30,10 +30,10 @@ enum Command {
 #[derive(clap::Args)]
 struct Run {
     /// How long to go on, in seconds, without start and checks.
-    #[arg(long, default_value_t = 140)]
+    #[arg(long, default_value_t = 600)]
     seconds: u64,
-    /// Families of faults.
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["kill", "pause", "partition", "host"])]
+    /// Families of faults; by default all, in turn.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Family::value_variants().to_vec())]
     nemesis: Vec<Family>,
     /// Workloads; by default all.
     #[arg(long, value_delimiter = ',', value_parser = workload_names())]

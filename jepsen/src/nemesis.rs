@@ -172,10 +172,10 @@ pub struct Outcome {
     pub write_gap: f64,
 }
 
-/// After everything was healed, the controllers do not agree, or one has ended by itself: a broken promise, and no
-/// failure of the harness.
+/// After everything was healed, the controllers do not agree, one has ended by itself, or one does not answer as it
+/// should: a broken promise, and no failure of the harness.
 #[derive(Debug)]
-pub struct Unsettled(String);
+pub struct Unsettled(pub String);
 
 impl fmt::Display for Unsettled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
