@@ -12,7 +12,7 @@ export ROCKSDB_STATIC := 1
 endif
 CARGO_FLAGS := --release --locked --workspace
 
-.PHONY: help deps build demo test simulate scale sabotage bench recovery jepsen fmt
+.PHONY: help deps build demo test simulate scale sabotage bench recovery jepsen jepsen-all jepsen-selftest fmt
 
 help:
 	@echo 'make demo     a whole cloud on this machine, told step by step, verified and removed again (root)'
@@ -22,8 +22,10 @@ help:
 	@echo 'make sabotage  breaks the product in one place after another: does a test notice? (ONLY=part of a name)'
 	@echo 'make bench    writes, reads and failover beside etcd, machines beside plain libvirt; a table and a JSON file'
 	@echo 'make recovery  cuts the power of real hosts in namespaces TIMES times (20), and measures (root)'
-	@echo 'make jepsen   clients and machines on a real cloud whose controllers and hosts are hurt; a verdict'
-	@echo '              (TIME=seconds SEED=number NEMESIS=kill,pause,partition,host WORKLOAD=register,set,machines,images)'
+	@echo 'make jepsen   clients and machines on a real cloud under faults of every family, ten minutes; a verdict'
+	@echo '              (TIME=seconds SEED=number NEMESIS=kill,host,mix WORKLOAD=register,machines CONTROLLERS=5)'
+	@echo 'make jepsen-all  each family for itself, five controllers, mixes, every state of the links: hours'
+	@echo 'make jepsen-selftest  bugs put into a copy of the product: does the named checker find each? (ONLY=part of a name)'
 	@echo 'make build    the binaries, in $(CARGO_TARGET_DIR)/release'
 	@echo 'make fmt      write the source in the one format'
 	@echo 'make deps     say which Debian packages are missing; as root, install them (FOR=build or FOR=demo)'
@@ -66,7 +68,14 @@ recovery: build
 	@scripts/recovery $(CARGO_TARGET_DIR)/release/trefoil $(CARGO_TARGET_DIR)/recovery $(TIMES)
 
 jepsen: build
-	@$(CARGO_TARGET_DIR)/release/trefoil-jepsen $(if $(TIME),--seconds $(TIME)) $(if $(SEED),--seed $(SEED)) $(if $(NEMESIS),--nemesis $(NEMESIS)) $(if $(WORKLOAD),--workload $(WORKLOAD))
+	@$(CARGO_TARGET_DIR)/release/trefoil-jepsen --seconds $(or $(TIME),600) $(if $(SEED),--seed $(SEED)) $(if $(NEMESIS),--nemesis $(NEMESIS)) $(if $(WORKLOAD),--workload $(WORKLOAD)) $(if $(CONTROLLERS),--controllers $(CONTROLLERS))
+
+jepsen-all: build
+	@scripts/jepsen-all $(CARGO_TARGET_DIR)/release/trefoil-jepsen $(CARGO_TARGET_DIR)/jepsen $(TIME)
+
+jepsen-selftest:
+	cargo build --release --locked --workspace --bin trefoil-jepsen --bin selftest
+	@$(CARGO_TARGET_DIR)/release/selftest --release $(if $(ONLY),--only '$(ONLY)')
 
 fmt:
 	cargo fmt --all

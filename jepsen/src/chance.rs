@@ -28,6 +28,15 @@ impl Chance {
         &items[self.below(items.len())]
     }
 
+    /// The items in any order (Fisher and Yates).
+    #[must_use]
+    pub fn shuffle<T>(&mut self, mut items: Vec<T>) -> Vec<T> {
+        for last in (1..items.len()).rev() {
+            items.swap(last, self.below(last + 1));
+        }
+        items
+    }
+
     /// Another source, independent of what this one gives next.
     pub fn split(&mut self) -> Self {
         Self(self.number())

@@ -4,7 +4,6 @@
 //! on two cores would test the scheduler of the kernel.
 
 use std::{
-    ffi::OsStr,
     fs::File,
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
@@ -22,12 +21,18 @@ use api::{
 use nix::fcntl::Flock;
 use tonic::transport::Channel;
 
-use self::{process::Process, switch::Switch};
+use self::{
+    process::Process,
+    shim::Shim,
+    switch::{Link, Switch},
+};
 
 pub mod disks;
 mod host;
 mod launch;
+mod member;
 pub mod process;
+pub mod shim;
 pub mod switch;
 
 pub use launch::{binary, free_port};
@@ -71,6 +76,8 @@ struct Member {
     address: String,
     data: PathBuf,
     process: Option<Process>,
+    /// Between the process and its disk and clocks, if there is one.
+    shim: Option<Shim>,
 }
 
 pub struct Cluster {
@@ -80,6 +87,8 @@ pub struct Cluster {
     agents: Vec<Member>,
     access: Access,
     switch: Option<Switch>,
+    /// Another release of it, to exchange it for.
+    other_binary: Option<PathBuf>,
     snapshot_every: Option<u64>,
     offer: Option<(u64, u64)>,
     _turn: Flock<File>,
@@ -99,6 +108,7 @@ impl Cluster {
         let switch = if options.isolated { Some(Switch::new(options.controllers + options.agents)?) } else { None };
         let mut cluster = Self {
             binary: binary()?,
+            other_binary: std::env::var_os("TREFOIL_OTHER_BIN").map(PathBuf::from),
             root: root.to_owned(),
             controllers: Vec::new(),
             agents: Vec::new(),
@@ -195,15 +205,7 @@ impl Cluster {
     /// # Errors
     /// When the binary cannot be started.
     pub fn restart(&mut self, controller: usize) -> anyhow::Result<()> {
-        self.restart_with(controller, &[])
-    }
-
-    /// With more in its environment.
-    ///
-    /// # Errors
-    /// When the binary cannot be started.
-    pub fn restart_with(&mut self, controller: usize, environment: &[(&str, &OsStr)]) -> anyhow::Result<()> {
-        self.run_controller(controller, environment)
+        self.run_controller(controller)
     }
 
     /// How it ended by itself, if it did; it can be started again then.
@@ -268,7 +270,25 @@ impl Cluster {
     /// # Errors
     /// When the cluster is not on hosts of its own.
     pub fn cut(&self, from: usize, to: usize) -> anyhow::Result<()> {
-        self.switch.as_ref().context("links can be cut only between hosts")?.cut(from, to)
+        self.link(from, to)?.cut()
+    }
+
+    /// What `to` hears from `from`; both are controllers.
+    ///
+    /// # Errors
+    /// When the cluster is not on hosts of its own.
+    pub fn link(&self, from: usize, to: usize) -> anyhow::Result<Link> {
+        let hosts = (self.controllers[from].host, self.controllers[to].host);
+        Ok(self.switch.as_ref().context("links can be cut only between hosts")?.link(hosts.0, hosts.1))
+    }
+
+    /// Whether what a controller sends is delayed.
+    ///
+    /// # Errors
+    /// When the cluster is not on hosts of its own, or the kernel cannot.
+    pub fn delay(&self, controller: usize, on: bool) -> anyhow::Result<()> {
+        let host = self.controllers[controller].host;
+        self.switch.as_ref().context("packets can be delayed only between hosts")?.delay(host, on)
     }
 
     /// Packets that all cuts together have dropped.
@@ -328,14 +348,30 @@ impl Cluster {
     /// When they do not within the patience.
     pub async fn settled(&mut self, patience: Duration) -> anyhow::Result<()> {
         let deadline = Instant::now() + patience;
+        let running: Vec<usize> = (0..self.size()).filter(|c| self.controllers[*c].process.is_some()).collect();
+        loop {
+            self.settled_among(&running, deadline.saturating_duration_since(Instant::now())).await?;
+            if self.agents_up().await {
+                return Ok(());
+            }
+            anyhow::ensure!(Instant::now() < deadline, "not all agents were up within {patience:?}");
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Waits until each of these controllers answers and all name the same leader, whatever the others do.
+    ///
+    /// # Errors
+    /// When they do not within the patience.
+    pub async fn settled_among(&mut self, members: &[usize], patience: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + patience;
         loop {
             let gone = self.gone();
             anyhow::ensure!(gone.is_empty(), "ended by itself: {}", gone.join(", "));
-            let running: Vec<usize> = (0..self.size()).filter(|c| self.controllers[*c].process.is_some()).collect();
-            let replies = futures::future::join_all(running.iter().map(|controller| self.status(*controller))).await;
+            let replies = futures::future::join_all(members.iter().map(|controller| self.status(*controller))).await;
             let known: Vec<_> = replies.into_iter().flatten().collect();
             let one = known.iter().all(|r| r.leader != 0 && r.leader == known[0].leader && r.term == known[0].term);
-            if known.len() == running.len() && one && self.agents_up().await {
+            if known.len() == members.len() && one {
                 return Ok(());
             }
             if Instant::now() > deadline {

@@ -3,8 +3,8 @@
 //!
 //! Reading order: [`history`] (what is written down), [`checker`] (from a history to a finding), [`cluster`] (the
 //! processes), [`effect`] (what their hosts did in truth), [`client`] (one attempt, one outcome), [`workload`] (what
-//! clients do), [`nemesis`] (what is done to the cluster), [`run`] (all of it together), [`verdict`] (what it means),
-//! [`report`] (what is told of it).
+//! clients do), [`nemesis`] (what is done to the cluster), [`run`] (all of it together), [`liveness`] (every state of
+//! the links), [`verdict`] (what it means), [`report`] (what is told of it).
 
 pub mod chance;
 pub mod checker;
@@ -13,6 +13,7 @@ pub mod cluster;
 pub mod effect;
 pub mod history;
 pub mod interrupt;
+pub mod liveness;
 pub mod nemesis;
 pub mod report;
 pub mod run;

@@ -4,6 +4,7 @@
 use std::{
     path::PathBuf,
     process::Command,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -12,10 +13,10 @@ use anyhow::Context;
 use crate::{
     chance::Chance,
     checker::{Finding, log},
-    cluster::{Cluster, OFTEN, Options, disks::Dump, switch::Switch},
+    cluster::{Cluster, OFTEN, Options, disks::Dump},
     effect::{self, Effect},
     history::{self, Event, Recorder},
-    nemesis::{self, Family, Fault, Outcome},
+    nemesis::{self, Family, Fault, Outcome, Unsettled, core, round},
     report::{self, About, Report, Seen},
     workload::{Evidence, SETTLE, Shared, Site, TENANT, Workload},
 };
@@ -32,6 +33,7 @@ pub struct Plan {
     pub seconds: u64,
     pub seed: u64,
     pub families: Vec<Family>,
+    pub controllers: usize,
     pub workloads: Vec<&'static dyn Workload>,
     /// Where history, logs and report go.
     pub folder: PathBuf,
@@ -41,11 +43,15 @@ pub struct Plan {
 /// When the harness fails; that is no verdict.
 pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     std::fs::create_dir_all(&plan.folder)?;
-    let (faults, mut skipped) = faults(plan);
-    let isolated =
-        faults.iter().any(|fault| matches!(fault, Fault::Host(_)) || Family::Partition.faults().contains(fault));
-    let options = Options { controllers: 3, agents: HOSTS, offer: Some(OFFER), isolated, snapshot_every: OFTEN };
+    let (turns, mut skipped) = turns(plan);
+    let possible = |family: &&Family| family.obstacle().is_none();
+    let isolated = plan.families.iter().filter(possible).any(|family| family.isolates());
+    let options =
+        Options { controllers: plan.controllers, agents: HOSTS, offer: Some(OFFER), isolated, snapshot_every: OFTEN };
     let mut cluster = Cluster::start(&plan.folder.join("cluster"), options).await?;
+    if plan.families.iter().filter(possible).any(|family| family.preloads()) {
+        cluster.preload().await?;
+    }
     cluster.create_tenant(TENANT).await?;
 
     let recorder = Recorder::new(Some(&plan.folder.join("history.jsonl")))?;
@@ -61,28 +67,49 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     for workload in &plan.workloads {
         workers.extend(workload.start(&Site { cluster: &cluster, shared: &shared }, &mut chance)?);
     }
-    let outcomes = strike(&mut cluster, plan, &faults, &shared, began, &mut chance).await?;
+    let mut outcomes = Vec::new();
+    let struck = strike(&mut cluster, plan, &turns, (&shared, began), &mut chance, &mut outcomes).await;
+    let unsettled = match struck {
+        Ok(()) => None,
+        Err(error) => Some(error.downcast::<Unsettled>()?),
+    };
     shared.end();
     for worker in workers {
         worker.await.context("a client panicked")?;
     }
-    for workload in &plan.workloads {
-        workload.finish(&Site { cluster: &cluster, shared: &shared }).await.context(workload.name())?;
+    let unsettled = match unsettled {
+        None => finish(&cluster, plan, &shared).await?,
+        some => some,
+    };
+    let mut last = Vec::new();
+    if unsettled.is_none() {
+        let agree = cluster.hashes_agree(SETTLE).await;
+        last.push(("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)));
     }
-    let agree = cluster.hashes_agree(SETTLE).await;
+    let recovered = unsettled.as_ref().map_or(Finding::Holds, |why| Finding::Broken(why.to_string()));
+    last.push(("recovery: who is healed agrees and answers", recovered));
     let seconds = began.elapsed().as_secs_f64();
     let (disks, about) = (cluster.disks(), about(plan, &cluster, isolated, began_unix_millis)?);
-    cluster.stop().await?;
+    // One that did not recover is not asked to end, and has no disk to read.
+    let recovered = unsettled.is_none();
+    if recovered {
+        cluster.stop().await?;
+    }
     let events = shared.recorder.finish()?;
-    let dumps = tokio::task::spawn_blocking(move || disks.dump()).await??;
+    let dumps = match recovered {
+        true => tokio::task::spawn_blocking(move || disks.dump()).await??,
+        false => Vec::new(),
+    };
     let effects = effect::read(&effects, shared.recorder.began())?;
     let steady = shared.recorder.began_unix_millis().abs_diff(began_unix_millis) <= STEADY_MILLIS;
     if !steady {
         skipped
             .push("the bill beside the effect log: the wall clock of this machine was set during the run".to_owned());
     }
-    let began_unix_millis = steady.then_some(began_unix_millis);
-    let ended = Ended { seconds, began_unix_millis, events, effects, outcomes, skipped, agree, dumps };
+    // Nor is the cloud's time that of this machine when a controller's clock was wrong.
+    let stepped = outcomes.iter().any(|fault| matches!(fault.fault, Fault::Clock(_)));
+    let began_unix_millis = (steady && !stepped).then_some(began_unix_millis);
+    let ended = Ended { seconds, began_unix_millis, events, effects, outcomes, skipped, last, recovered, dumps };
     write_report(plan, about, ended)
 }
 
@@ -95,24 +122,32 @@ struct Ended {
     effects: Vec<Effect>,
     outcomes: Vec<Outcome>,
     skipped: Vec<String>,
-    agree: Result<(), String>,
+    last: Vec<(&'static str, Finding)>,
+    recovered: bool,
     dumps: Vec<Dump>,
 }
 
 /// Judges, and writes everything into the folder: what clients could not know in `resolved.jsonl`, the history for other
 /// checkers in `edn`, the report as JSON and as a page.
 fn write_report(plan: &Plan, about: About, ended: Ended) -> anyhow::Result<Report> {
-    let Ended { seconds, began_unix_millis, events, effects, outcomes, skipped, agree, dumps } = ended;
+    let Ended { seconds, began_unix_millis, events, effects, outcomes, skipped, last, recovered, dumps } = ended;
     let operations = history::operations(&events).map_err(anyhow::Error::msg)?;
     let resolved = log::resolve(&events, &dumps);
     let known = log::with_resolved(&operations, &resolved);
     let evidence = Evidence { operations: &known, effects: &effects, began_unix_millis };
     let undone = plan.workloads.iter().flat_map(|workload| workload.gaps(&evidence)).collect();
     let mut named: Vec<_> = plan.workloads.iter().flat_map(|workload| workload.judge(&evidence)).collect();
-    named.push(("replicas: equal index, equal state", agree.map_or_else(Finding::Broken, |()| Finding::Holds)));
-    named.push(("disks: one entry at an index, applied by a majority", log::matches(&dumps)));
-    named.push(("disks: equal index, equal state", log::states(&dumps)));
-    named.push(("disks: nothing acknowledged is missing", log::acknowledged(&events, &dumps)));
+    named.extend(last);
+    if outcomes.iter().any(|fault| matches!(fault.fault, Fault::Disk(_))) {
+        let broken = outcomes.iter().find(|fault| !fault.broken.is_empty());
+        let finding = broken.map_or(Finding::Holds, |fault| Finding::Broken(fault.broken.clone()));
+        named.push(("disk: damage is refused", finding));
+    }
+    if recovered {
+        named.push(("disks: one entry at an index, applied by a majority", log::matches(&dumps)));
+        named.push(("disks: equal index, equal state", log::states(&dumps)));
+        named.push(("disks: nothing acknowledged is missing", log::acknowledged(&events, &dumps)));
+    }
     let seen = Seen { seconds, operations: &operations, faults: outcomes, skipped, undone, resolved: &resolved };
     let report = report::judge(plan, about, seen, &named);
     let write = |name: &str, text: String| std::fs::write(plan.folder.join(name), text);
@@ -149,51 +184,88 @@ fn about(plan: &Plan, cluster: &Cluster, isolated: bool, began_unix_millis: u64)
     })
 }
 
-/// The faults to go through in turn, and the families that this machine cannot do.
-fn faults(plan: &Plan) -> (Vec<Fault>, Vec<String>) {
-    let cuts = |family: &Family| matches!(family, Family::Partition | Family::Host);
-    let obstacle = if plan.families.iter().any(cuts) { Switch::obstacle() } else { None };
-    let possible = |family: &&Family| !cuts(family) || obstacle.is_none();
-    let families: Vec<Family> = plan.families.iter().filter(possible).copied().collect();
-    // One of each family in turn, so that a short run has some of all.
-    let longest = families.iter().map(|family| family.faults().len()).max().unwrap_or(0);
-    let faults = (0..longest).flat_map(|n| families.iter().filter_map(move |family| family.faults().get(n).copied()));
-    (faults.collect(), obstacle.map(|why| format!("partition: {why}")).into_iter().collect())
+/// Asks everybody at the end; who does not answer, if anybody does not.
+async fn finish(cluster: &Cluster, plan: &Plan, shared: &Arc<Shared>) -> anyhow::Result<Option<Unsettled>> {
+    for workload in &plan.workloads {
+        if let Err(error) = workload.finish(&Site { cluster, shared }).await {
+            return Ok(Some(error.downcast::<Unsettled>().with_context(|| workload.name())?));
+        }
+    }
+    Ok(None)
 }
 
-/// Faults in turn until the time is over, each at least once if the time allows it.
+/// What happens in one turn.
+#[derive(Clone, Copy)]
+enum Turn {
+    One(Fault),
+    /// Several at once, chosen by chance when it comes.
+    Mix,
+}
+
+/// What to go through in turn, and what this machine cannot do.
+fn turns(plan: &Plan) -> (Vec<Turn>, Vec<String>) {
+    let mut skipped = Vec::new();
+    let mut lists: Vec<Vec<Turn>> = Vec::new();
+    for family in &plan.families {
+        if let Some(why) = family.obstacle() {
+            skipped.push(format!("{family:?}: {why}"));
+            continue;
+        }
+        let mut list = Vec::new();
+        for fault in family.faults(plan.controllers) {
+            match fault.obstacle() {
+                Some(why) => skipped.push(format!("{fault}: {why}")),
+                None => list.push(Turn::One(fault)),
+            }
+        }
+        lists.push(if *family == Family::Mix { vec![Turn::Mix] } else { list });
+    }
+    // One of each family in turn, so that a short run has some of all.
+    let longest = lists.iter().map(Vec::len).max().unwrap_or(0);
+    let turns = (0..longest).flat_map(|n| lists.iter().filter_map(move |list| list.get(n).copied())).collect();
+    (turns, skipped)
+}
+
+/// Faults in turn until the time is over, then the end of [`nemesis::core`].
 async fn strike(
     cluster: &mut Cluster,
     plan: &Plan,
-    faults: &[Fault],
-    shared: &Shared,
-    began: Instant,
+    turns: &[Turn],
+    (shared, began): (&Shared, Instant),
     chance: &mut Chance,
-) -> anyhow::Result<Vec<Outcome>> {
-    let mut outcomes = Vec::new();
+    outcomes: &mut Vec<Outcome>,
+) -> anyhow::Result<()> {
+    let now = || shared.recorder.now();
     tokio::time::sleep(CALM).await;
-    for (number, fault) in faults.iter().cycle().enumerate() {
+    for (number, turn) in turns.iter().cycle().enumerate() {
         // One of each family comes first, however slow the machine is.
-        let late = began.elapsed() + nemesis::HOLD + CALM > Duration::from_secs(plan.seconds);
+        let late = began.elapsed() + 2 * (nemesis::HOLD + CALM) > Duration::from_secs(plan.seconds);
         if late && number >= plan.families.len() {
             break;
         }
-        let start = shared.recorder.now();
-        let in_force = nemesis::inject(cluster, *fault, chance).await?;
-        tokio::time::sleep(nemesis::HOLD).await;
-        let mut outcome = in_force.heal(cluster, start, shared.recorder.now()).await?;
-        cluster.settled(SETTLE).await.with_context(|| format!("after '{fault}'"))?;
-        outcome.settled = shared.recorder.now();
-        eprintln!(
-            "{:>5.1} s  {:<16} {:<24} {}{}",
-            began.elapsed().as_secs_f64(),
-            fault,
-            outcome.hit.join(" "),
-            outcome.evidence,
-            if outcome.doubt.is_empty() { String::new() } else { format!(" (does not count: {})", outcome.doubt) }
-        );
-        outcomes.push(outcome);
+        let faults = match turn {
+            Turn::One(fault) => vec![*fault],
+            Turn::Mix => round::mix(cluster.size(), chance),
+        };
+        let done = round::round(cluster, &faults, now, chance).await?;
+        done.iter().for_each(|outcome| tell(outcome, began));
+        outcomes.extend(done);
         tokio::time::sleep(CALM).await;
     }
-    Ok(outcomes)
+    let last = core::heal_majority_first(cluster, now, chance).await?;
+    tell(&last, began);
+    outcomes.push(last);
+    tokio::time::sleep(CALM).await;
+    Ok(())
+}
+
+fn tell(outcome: &Outcome, began: Instant) {
+    eprintln!(
+        "{:>5.1} s  {:<22} {:<24} {}{}",
+        began.elapsed().as_secs_f64(),
+        outcome.fault,
+        outcome.hit.join(" "),
+        outcome.evidence,
+        if outcome.doubt.is_empty() { String::new() } else { format!(" (does not count: {})", outcome.doubt) }
+    );
 }

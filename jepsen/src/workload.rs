@@ -25,6 +25,7 @@ use crate::{
     cluster::Cluster,
     effect::Effect,
     history::{Event, Function, Kind, Operation, Recorder},
+    nemesis::Unsettled,
 };
 
 pub mod images;
@@ -174,7 +175,8 @@ impl Site<'_> {
                 match ask(&mut client).await {
                     Answer::Ok(value) => break worker.ok(&asked, value, None),
                     Answer::Fail(why) | Answer::Info(why) if Instant::now() > deadline => {
-                        bail!("{} does not answer for '{}' after everything was healed: {why}", client.name, asked.key);
+                        let what = format!("{} does not answer for '{}' after everything", client.name, asked.key);
+                        return Err(Unsettled(format!("{what} was healed: {why}")).into());
                     }
                     _ => tokio::time::sleep(PAUSE_AFTER_SILENCE).await,
                 }
@@ -212,7 +214,7 @@ impl Shared {
         self.over.store(true, Ordering::Relaxed);
     }
 
-    fn is_over(&self) -> bool {
+    pub fn is_over(&self) -> bool {
         self.over.load(Ordering::Relaxed)
     }
 }

@@ -4,5 +4,5 @@
 
 pub mod bench;
 pub mod demo;
-pub mod disk_fault;
 pub mod stage;
+pub mod tree;

@@ -14,12 +14,12 @@ use api::{
     error::ErrorKind,
     proto::{GetTagRequest, SetTagRequest},
 };
-use jepsen::verdict::skipped;
-use nix::sys::signal::Signal;
-use tests::{
-    disk_fault::DiskFault,
-    stage::{Stage, Stub, TENANT, until},
+use jepsen::{
+    cluster::shim::{Shim, Syncs},
+    verdict::skipped,
 };
+use nix::sys::signal::Signal;
+use tests::stage::{Stage, Stub, TENANT, until};
 
 /// Writes tags until it is told to stop; what was acknowledged. What got no answer may be there or not.
 async fn write_on(client: Client, name: &str, stop: Arc<AtomicBool>) -> Vec<String> {
@@ -44,8 +44,12 @@ async fn write_on(client: Client, name: &str, stop: Arc<AtomicBool>) -> Vec<Stri
     acknowledged
 }
 
+fn disk(stage: &Stage, controller: usize) -> &Shim {
+    stage.cluster.shim(controller).expect("the controllers were preloaded")
+}
+
 /// Waits until the controller has ended, and looks at how.
-async fn it_stopped_loudly(stage: &mut Stage, controller: usize, disk: &DiskFault) {
+async fn it_stopped_loudly(stage: &mut Stage, controller: usize) {
     let status = until(&format!("the controller on the failing disk {controller} ends"), async || {
         stage.cluster.ended(controller).ok_or_else(|| "it runs".to_owned())
     })
@@ -53,8 +57,9 @@ async fn it_stopped_loudly(stage: &mut Stage, controller: usize, disk: &DiskFaul
     assert_eq!(status.signal(), Some(Signal::SIGABRT as i32), "it ended with {status}");
     let printed = stage.cluster.printed(controller).unwrap();
     assert!(printed.contains("storage failed: ") && printed.contains("stopping"), "{printed}");
-    assert_eq!(disk.seen().unwrap(), Some(0), "a sync failed, and none was tried after it");
-    disk.mend().unwrap();
+    let disk = disk(stage, controller);
+    assert_eq!(disk.failed_syncs().unwrap(), (1, 0), "a sync failed, and none was tried after it");
+    disk.mend_disk().unwrap();
 }
 
 async fn all_there(stage: &Stage, keys: &[String]) {
@@ -72,25 +77,19 @@ async fn all_there(stage: &Stage, keys: &[String]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_sync_stops_a_controller_loudly_and_loses_nothing_acknowledged() {
     let mut stage = Stage::set(0).await;
-    let shim = match DiskFault::prepare(stage.folder()) {
-        Ok(shim) => shim,
-        Err(obstacle) => return skipped("disk: a failed sync", &obstacle),
-    };
-    let disks: Vec<DiskFault> = (0..3).map(|c| DiskFault::new(&shim, stage.folder(), stage.cluster.name(c))).collect();
-    for (controller, disk) in disks.iter().enumerate() {
-        assert!(stage.cluster.terminate(controller).unwrap());
-        stage.cluster.restart_with(controller, &disk.environment()).unwrap();
+    if let Some(obstacle) = Shim::obstacle() {
+        return skipped("disk: a failed sync", &obstacle);
     }
-    stage.cluster.settled(tests::stage::PATIENCE).await.unwrap();
+    stage.cluster.preload().await.expect("the controllers come back with a shim");
     let stop = Arc::new(AtomicBool::new(false));
     let writer = tokio::spawn(write_on(stage.client.clone(), "one", stop.clone()));
 
     // The leader's disk: the others go on, and it comes back with what it has.
     let leader = stage.cluster.leader().await.expect("a leader");
-    disks[leader].strike().unwrap();
-    it_stopped_loudly(&mut stage, leader, &disks[leader]).await;
+    disk(&stage, leader).set_syncs(Syncs::FailOnce, 0).unwrap();
+    it_stopped_loudly(&mut stage, leader).await;
     stage.set_tag("after-the-leaders-disk", "yes").await.expect("the others go on");
-    stage.cluster.restart_with(leader, &disks[leader].environment()).unwrap();
+    stage.cluster.restart(leader).unwrap();
     stage.cluster.settled(tests::stage::PATIENCE).await.unwrap();
     stop.store(true, Ordering::Relaxed);
     let mut acknowledged = writer.await.unwrap();
@@ -100,13 +99,13 @@ async fn a_failed_sync_stops_a_controller_loudly_and_loses_nothing_acknowledged(
     // when the others are back and write to it.
     let stop = Arc::new(AtomicBool::new(false));
     let writer = tokio::spawn(write_on(stage.client.clone(), "all", stop.clone()));
-    for disk in &disks {
-        disk.strike().unwrap();
+    for controller in 0..3 {
+        disk(&stage, controller).set_syncs(Syncs::FailOnce, 0).unwrap();
     }
-    for _ in &disks {
-        let failed = || (0..3).find(|controller| disks[*controller].seen().is_ok_and(|seen| seen.is_some()));
+    for _ in 0..3 {
+        let failed = || (0..3).find(|c| disk(&stage, *c).failed_syncs().is_ok_and(|(failed, _)| failed > 0));
         let controller = until("another disk fails", async || failed().ok_or_else(String::new)).await;
-        it_stopped_loudly(&mut stage, controller, &disks[controller]).await;
+        it_stopped_loudly(&mut stage, controller).await;
         stage.cluster.restart(controller).unwrap();
     }
     stop.store(true, Ordering::Relaxed);

@@ -57,8 +57,8 @@ impl Cluster {
         let host = self.agents[agent].host;
         let all = self.controllers.iter().chain(&self.agents).map(|member| member.host);
         for other in all.filter(|other| *other != host) {
-            switch.cut(other, host)?;
-            switch.cut(host, other)?;
+            switch.link(other, host).cut()?;
+            switch.link(host, other).cut()?;
         }
         Ok(())
     }

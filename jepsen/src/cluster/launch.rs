@@ -1,7 +1,6 @@
 //! How the processes are started: the one place of this crate that knows the command line.
 
 use std::{
-    ffi::OsStr,
     fs::File,
     net::{TcpListener, UdpSocket},
     path::{Path, PathBuf},
@@ -9,11 +8,10 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use api::{client::new_request_id, proto::ControllerRef};
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::Value;
 
-use super::{Access, Cluster, Member, Stub, process::Process};
+use super::{Access, Cluster, Member, process::Process};
 
 /// In thousandths of a real host's: a guest starts in a tenth of a second.
 const SIMULATED_DELAY: &str = "100";
@@ -80,7 +78,7 @@ impl Cluster {
         self.once(member.host, &arguments)?;
         self.take_access(&member.data)?;
         self.controllers.push(member);
-        self.run_controller(0, &[])
+        self.run_controller(0)
     }
 
     /// The operator's, as `init` has written it.
@@ -107,7 +105,7 @@ impl Cluster {
         self.take_access(&data)?;
         let written: ControllerFile = toml::from_str(&std::fs::read_to_string(data.join("controller.toml"))?)?;
         self.controllers[controller].id = written.id;
-        self.run_controller(controller, &[])
+        self.run_controller(controller)
     }
 
     /// Another controller, joined with a one-time token; it becomes a voter once it has caught up.
@@ -124,7 +122,7 @@ impl Cluster {
         member.id =
             serde_json::from_str::<Value>(&output)?["id"].as_u64().with_context(|| format!("no id in {output}"))?;
         self.controllers.push(member);
-        self.run_controller(number, &[])?;
+        self.run_controller(number)?;
         Ok(number)
     }
 
@@ -133,14 +131,20 @@ impl Cluster {
     /// # Errors
     /// When it runs, or is refused.
     pub async fn wipe_and_rejoin(&mut self, controller: usize) -> anyhow::Result<u64> {
+        self.remove_controller(controller).await?;
+        self.rejoin(controller).await
+    }
+
+    /// The same place with an empty disk, of which the quorum knows nothing any more: it joins and gets another id.
+    ///
+    /// # Errors
+    /// When it runs, or is refused.
+    pub async fn rejoin(&mut self, controller: usize) -> anyhow::Result<u64> {
         anyhow::ensure!(
             self.controllers[controller].process.is_none(),
             "a disk is not wiped under a running controller"
         );
         std::fs::remove_dir_all(&self.controllers[controller].data)?;
-        let lost = ControllerRef { id: self.controllers[controller].id };
-        let call = |mut stub: Stub, request| async move { stub.remove_controller(request).await };
-        self.client()?.mutate(new_request_id(), lost, call).await?;
         let token = self.join_token("controller").await?;
         let mut arguments = self.place(&self.controllers[controller], "join");
         arguments.extend(["--token".to_owned(), token, "--output".to_owned(), "json".to_owned()]);
@@ -148,23 +152,27 @@ impl Cluster {
         let id =
             serde_json::from_str::<Value>(&output)?["id"].as_u64().with_context(|| format!("no id in {output}"))?;
         self.controllers[controller].id = id;
-        self.run_controller(controller, &[])?;
+        self.run_controller(controller)?;
         Ok(id)
     }
 
-    fn new_controller(&self, id: u64) -> anyhow::Result<Member> {
+    fn new_controller(&mut self, id: u64) -> anyhow::Result<Member> {
         let number = self.controllers.len() + 1;
-        let host = self.next_host();
+        let host = self.next_host()?;
         let address = match &self.switch {
             Some(switch) => format!("{}:{CONTROLLER_PORT}", switch.ip(host)),
             None => format!("127.0.0.1:{}", free_port()?),
         };
         let name = format!("controller-{number}");
-        Ok(Member { host, id, data: self.root.join(format!("c{number}")), name, address, process: None })
+        Ok(Member { host, id, data: self.root.join(format!("c{number}")), name, address, process: None, shim: None })
     }
 
-    fn next_host(&self) -> usize {
-        self.controllers.len() + self.agents.len()
+    fn next_host(&mut self) -> anyhow::Result<usize> {
+        let host = self.controllers.len() + self.agents.len();
+        if let Some(switch) = &mut self.switch {
+            switch.ensure(host)?;
+        }
+        Ok(host)
     }
 
     fn place(&self, member: &Member, verb: &str) -> Vec<String> {
@@ -187,7 +195,7 @@ impl Cluster {
     pub(super) async fn add_agent(&mut self) -> anyhow::Result<()> {
         let token = self.join_token("agent").await?;
         let number = self.agents.len();
-        let host = self.next_host();
+        let host = self.next_host()?;
         let (ip, port) = match &self.switch {
             Some(switch) => (switch.ip(host).to_owned(), AGENT_PORT),
             None => ("127.0.0.1".to_owned(), free_port()?),
@@ -200,6 +208,7 @@ impl Cluster {
             address: format!("{ip}:{port}"),
             name: name.clone(),
             process: None,
+            shim: None,
         };
         let data = member.data.display().to_string();
         let effects = self.effects().display().to_string();
@@ -236,10 +245,14 @@ impl Cluster {
         self.run_agent(number)
     }
 
-    pub(super) fn run_controller(&mut self, number: usize, environment: &[(&str, &OsStr)]) -> anyhow::Result<()> {
+    pub(super) fn run_controller(&mut self, number: usize) -> anyhow::Result<()> {
         let member = &self.controllers[number];
         let mut command = self.command(member.host);
-        command.args(["controller", "run", "--data"]).arg(&member.data).envs(environment.iter().copied());
+        command.args(["controller", "run", "--data"]).arg(&member.data);
+        if let Some(shim) = &member.shim {
+            shim.take_all_as_synced()?;
+            command.envs(shim.environment());
+        }
         let log = self.root.join(format!("{}.log", member.name));
         self.controllers[number].process = Some(Process::start(command, &log)?);
         Ok(())

@@ -12,6 +12,11 @@ use anyhow::{Context, bail};
 
 /// Inside the namespaces only.
 const PREFIX: &str = "10.78.0.";
+/// Of the packets of a weakened link: connections live, and are slow and uneven.
+const LOSS_PERCENT: u32 = 30;
+/// Less than a heartbeat's interval, so that nothing must fail by it.
+const DELAY: &str = "40ms";
+const DELAY_VARIATION: &str = "10ms";
 
 pub struct Switch {
     name: String,
@@ -57,6 +62,14 @@ impl Switch {
         Ok(switch)
     }
 
+    /// Makes sure that there is a host of this number; those before it must be there.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn ensure(&mut self, number: usize) -> anyhow::Result<()> {
+        if number < self.hosts.len() { Ok(()) } else { self.attach(number) }
+    }
+
     fn attach(&mut self, number: usize) -> anyhow::Result<()> {
         let host = Host { name: format!("{}h{number}", self.name), ip: format!("{PREFIX}{}", 11 + number) };
         let (name, port) = (host.name.clone(), format!("h{number}"));
@@ -68,9 +81,7 @@ impl Switch {
         run("ip", &["-n", &name, "addr", "add", &address, "dev", "eth0"])?;
         run("ip", &["-n", &name, "link", "set", "eth0", "up"])?;
         run("ip", &["-n", &name, "link", "set", "lo", "up"])?;
-        run("ip", &["netns", "exec", &name, "nft", "add", "table", "inet", "jepsen"])?;
-        let chain = "{ type filter hook input priority 0 ; policy accept ; }";
-        run("ip", &["netns", "exec", &name, "nft", "add", "chain", "inet", "jepsen", "input", chain])
+        nft(&name, &table())
     }
 
     /// The address of a host, reachable from the other hosts only.
@@ -85,22 +96,12 @@ impl Switch {
         command
     }
 
-    /// From now on `to` hears nothing from `from`.
-    ///
-    /// # Errors
-    /// When the rule cannot be made.
-    pub fn cut(&self, from: usize, to: usize) -> anyhow::Result<()> {
-        let (name, source) = (&self.hosts[to].name, &self.hosts[from].ip);
-        run(
-            "ip",
-            &[
-                "netns", "exec", name, "nft", "add", "rule", "inet", "jepsen", "input", "ip", "saddr", source,
-                "counter", "drop",
-            ],
-        )
+    /// What `to` hears from `from`.
+    pub fn link(&self, from: usize, to: usize) -> Link {
+        Link { namespace: self.hosts[to].name.clone(), source: self.hosts[from].ip.clone() }
     }
 
-    /// Packets that all cuts together have dropped since they were made.
+    /// Packets that all cuts and losses together have dropped since the switch was made.
     ///
     /// # Errors
     /// When the rules cannot be read.
@@ -121,11 +122,90 @@ impl Switch {
     /// # Errors
     /// When the rules cannot be removed.
     pub fn heal(&self) -> anyhow::Result<()> {
-        for host in &self.hosts {
-            run("ip", &["netns", "exec", &host.name, "nft", "flush", "chain", "inet", "jepsen", "input"])?;
-        }
-        Ok(())
+        self.hosts
+            .iter()
+            .try_for_each(|host| nft(&host.name, "flush set inet jepsen deaf\nflush set inet jepsen lossy"))
     }
+
+    /// Why packets cannot be delayed on this machine, if they cannot.
+    pub fn delay_obstacle() -> Option<String> {
+        let probe = format!("tfj{}d", std::process::id());
+        let made = run("ip", &["netns", "add", &probe]).and_then(|()| delay(&probe, "lo", true));
+        let _ = run("ip", &["netns", "del", &probe]);
+        made.err().map(|e| format!("{e:#}"))
+    }
+
+    /// Whether what a host sends is delayed.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn delay(&self, host: usize, on: bool) -> anyhow::Result<()> {
+        delay(&self.hosts[host].name, "eth0", on)
+    }
+}
+
+/// One direction between two hosts. Outlives the switch without harm: then there is nothing to change.
+#[derive(Clone)]
+pub struct Link {
+    namespace: String,
+    source: String,
+}
+
+impl Link {
+    /// From now on nothing comes.
+    ///
+    /// # Errors
+    /// When the rule cannot be changed.
+    pub fn cut(&self) -> anyhow::Result<()> {
+        nft(&self.namespace, &format!("add element inet jepsen deaf {{ {} }}", self.source))
+    }
+
+    /// From now on a part of the packets is lost.
+    ///
+    /// # Errors
+    /// When the rule cannot be changed.
+    pub fn weaken(&self) -> anyhow::Result<()> {
+        nft(&self.namespace, &format!("add element inet jepsen lossy {{ {} }}", self.source))
+    }
+
+    /// From now on everything comes. To be called for links that were cut or weakened, and to be repeated without harm.
+    ///
+    /// # Errors
+    /// When the rule cannot be changed.
+    pub fn mend(&self) -> anyhow::Result<()> {
+        // Adding first makes the deletion of what is not there no error; both happen at once.
+        let source = &self.source;
+        let change = |verb: &str, set: &str| format!("{verb} element inet jepsen {set} {{ {source} }}\n");
+        let mended = ["deaf", "lossy"].map(|set| change("add", set) + &change("delete", set));
+        nft(&self.namespace, &mended.concat())
+    }
+}
+
+/// The counters are the evidence that something met the rule.
+fn table() -> String {
+    format!(
+        "table inet jepsen {{
+           set deaf {{ type ipv4_addr; }}
+           set lossy {{ type ipv4_addr; }}
+           chain input {{
+             type filter hook input priority 0; policy accept;
+             ip saddr @deaf counter drop
+             ip saddr @lossy numgen random mod 100 < {LOSS_PERCENT} counter drop
+           }}
+         }}"
+    )
+}
+
+fn delay(namespace: &str, device: &str, on: bool) -> anyhow::Result<()> {
+    let verb = if on { "add" } else { "del" };
+    let netem = ["-n", namespace, "qdisc", verb, "dev", device, "root", "netem"];
+    let amount = ["delay", DELAY, DELAY_VARIATION];
+    run("tc", &[&netem[..], if on { &amount[..] } else { &[] }].concat())
+}
+
+/// All of the script or nothing of it.
+fn nft(namespace: &str, script: &str) -> anyhow::Result<()> {
+    run("ip", &["netns", "exec", namespace, "nft", script])
 }
 
 impl Drop for Switch {
@@ -165,13 +245,22 @@ mod tests {
             crate::verdict::skipped("a_cut_link_carries_nothing_until_it_is_mended", &obstacle);
             return;
         }
-        let switch = Switch::new(3).unwrap();
+        let mut switch = Switch::new(3).unwrap();
         assert!(reaches(&switch, 0, 1));
-        switch.cut(0, 1).unwrap();
+        let link = switch.link(0, 1);
+        link.cut().unwrap();
         assert!(!reaches(&switch, 0, 1));
         assert!(reaches(&switch, 0, 2));
         assert!(switch.dropped().unwrap() > 0);
+        link.mend().unwrap();
+        assert!(reaches(&switch, 0, 1));
+        link.mend().expect("mending twice is no error");
+        link.cut().unwrap();
+        switch.link(1, 2).weaken().unwrap();
+        assert!(!reaches(&switch, 0, 1));
         switch.heal().unwrap();
         assert!(reaches(&switch, 0, 1));
+        switch.ensure(3).unwrap();
+        assert!(reaches(&switch, 3, 1));
     }
 }

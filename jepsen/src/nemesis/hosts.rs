@@ -10,6 +10,7 @@ use std::{
 
 use serde::Serialize;
 
+use super::Proof;
 use crate::{
     chance::Chance,
     cluster::Cluster,
@@ -56,31 +57,24 @@ pub struct Held {
     agent: usize,
 }
 
-/// What it has to say for itself.
-#[derive(Default)]
-pub struct Said {
-    pub evidence: String,
-    /// Empty, or why it does not count.
-    pub doubt: String,
-}
-
 /// # Errors
 /// When the harness itself fails.
-pub fn begin(cluster: &mut Cluster, harm: Harm, chance: &mut Chance, said: &mut Said) -> anyhow::Result<Held> {
+pub fn begin(cluster: &mut Cluster, harm: Harm, proof: &mut Proof, chance: &mut Chance) -> anyhow::Result<Held> {
     let agent = busiest(cluster, chance)?;
+    proof.must_write = true;
     match harm {
         Harm::KillAgent => {
-            doubt_unless(cluster.kill_agent(agent)?, "it did not die of SIGKILL", said);
+            doubt_unless(cluster.kill_agent(agent)?, "it did not die of SIGKILL", proof);
             cluster.restart_agent(agent)?;
-            said.evidence = "died of SIGKILL, and came back at once".into();
+            proof.evidence = "died of SIGKILL, and came back at once".into();
         }
         Harm::CutPower => {
-            doubt_unless(cluster.cut_power(agent)?, "it did not die of SIGKILL", said);
-            said.evidence = "died of SIGKILL".into();
+            doubt_unless(cluster.cut_power(agent)?, "it did not die of SIGKILL", proof);
+            proof.evidence = "died of SIGKILL".into();
         }
         Harm::StopAgent => {
-            doubt_unless(cluster.pause_agent(agent)?, "the kernel did not show it as stopped", said);
-            said.evidence = "state T".into();
+            doubt_unless(cluster.pause_agent(agent)?, "the kernel did not show it as stopped", proof);
+            proof.evidence = "state T".into();
         }
         Harm::CutHost => cluster.cut_host(agent)?,
     }
@@ -97,10 +91,10 @@ impl Held {
     ///
     /// # Errors
     /// When the harness itself fails.
-    pub async fn end(self, cluster: &mut Cluster, said: &mut Said) -> anyhow::Result<()> {
+    pub async fn end(self, cluster: &mut Cluster, proof: &mut Proof) -> anyhow::Result<()> {
         if self.harm != Harm::KillAgent {
             let lost = given_up(cluster, self.agent).await;
-            doubt_unless(lost, "the host was never given up", said);
+            doubt_unless(lost, "the host was never given up", proof);
             tokio::time::sleep(ELSEWHERE).await;
         }
         match self.harm {
@@ -110,20 +104,20 @@ impl Held {
             Harm::CutHost => {
                 let dropped = cluster.dropped()?;
                 cluster.heal_links()?;
-                doubt_unless(dropped > 0, "no packet met the cut", said);
-                said.evidence = format!("{dropped} packets dropped");
+                doubt_unless(dropped > 0, "no packet met the cut", proof);
+                proof.evidence = format!("{dropped} packets dropped");
             }
         }
-        if self.harm != Harm::KillAgent && said.doubt.is_empty() {
-            said.evidence += ", given up";
+        if self.harm != Harm::KillAgent && proof.doubt.is_empty() {
+            proof.evidence += ", given up";
         }
         Ok(())
     }
 }
 
-fn doubt_unless(so: bool, why: &str, said: &mut Said) {
-    if !so && said.doubt.is_empty() {
-        said.doubt = why.into();
+fn doubt_unless(so: bool, why: &str, proof: &mut Proof) {
+    if !so {
+        proof.doubt(why);
     }
 }
 

@@ -67,16 +67,20 @@ async fn work(mut worker: Worker) {
     }
 }
 
-async fn add(worker: &mut Worker, count: u64) {
+/// Adds the client's element of this number; true when it was acknowledged.
+pub async fn add(worker: &mut Worker, count: u64) -> bool {
     let mut client = worker.client();
     let element = format!("{PREFIX}{}-{count}", worker.process);
     let asked = asked(Function::Add, json!(element), &client.name, Worker::request_id());
     worker.invoke(&asked);
-    match client.set_tag(&asked.req, &element, "", Some(0)).await {
+    let answer = client.set_tag(&asked.req, &element, "", Some(0)).await;
+    let acknowledged = matches!(answer, Answer::Ok(_));
+    match answer {
         Answer::Ok(version) => worker.ok(&asked, asked.value.clone(), Some(version)),
         Answer::Fail(why) => worker.fail(&asked, why),
         Answer::Info(why) => worker.info(&asked, why).await,
     }
+    acknowledged
 }
 
 async fn list(worker: &mut Worker) {

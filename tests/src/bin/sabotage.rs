@@ -3,16 +3,12 @@
 //!
 //! The work tree is never touched: everything happens in a copy beside the build folder.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::{Command, ExitCode, Output},
-    time::Instant,
-};
+use std::{fs, path::Path, process::ExitCode, time::Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Parser;
 use serde::Deserialize;
+use tests::tree::{cargo, copy, last_error, places, replace};
 
 #[derive(Parser)]
 struct Arguments {
@@ -59,10 +55,8 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<bool> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the crate is in the workspace")?;
+    let (root, tree) = places()?;
     let list: Sabotages = toml::from_str(&fs::read_to_string(root.join("tests/sabotages.toml"))?)?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-    let tree = target.join("sabotage/tree");
     copy(root, &tree)?;
     let (mut caught, mut others) = (0, 0);
     for sabotage in &list.sabotage {
@@ -88,38 +82,12 @@ fn run(arguments: &Arguments) -> Result<bool> {
     Ok(others == 0 && caught > 0)
 }
 
-/// All that git knows of or would take up, as it is now. What is there already and the same stays untouched, so that
-/// little is built anew.
-fn copy(root: &Path, tree: &Path) -> Result<()> {
-    let listed = Command::new("git").args(["ls-files", "-co", "--exclude-standard"]).current_dir(root).output()?;
-    if !listed.status.success() {
-        bail!("git cannot list the tree: {}", String::from_utf8_lossy(&listed.stderr));
-    }
-    let list = String::from_utf8(listed.stdout)?;
-    let list_path = tree.join("copied-files");
-    let earlier = fs::read_to_string(&list_path).unwrap_or_default();
-    if tree.exists() && !earlier.lines().all(|name| root.join(name).exists()) {
-        fs::remove_dir_all(tree)?;
-    }
-    for name in list.lines().filter(|name| root.join(name).is_file()) {
-        let (from, to) = (fs::read(root.join(name))?, tree.join(name));
-        if fs::read(&to).is_ok_and(|there| there == from) {
-            continue;
-        }
-        fs::create_dir_all(to.parent().context("a file has a folder")?)?;
-        fs::write(&to, from).with_context(|| format!("cannot copy {name}"))?;
-    }
-    Ok(fs::write(list_path, list)?)
-}
-
 fn judge(tree: &Path, sabotage: &Sabotage, release: bool) -> Result<Verdict> {
     let path = tree.join(&sabotage.file);
     let sound = fs::read_to_string(&path).with_context(|| sabotage.file.clone())?;
-    let places = sound.matches(&sabotage.from).count();
-    if places != 1 {
-        return Ok(Verdict::Void(format!("what it replaces is in {} {places} times", sabotage.file)));
+    if let Err(why) = replace(&path, &sabotage.from, &sabotage.to) {
+        return Ok(Verdict::Void(format!("{why:#}")));
     }
-    fs::write(&path, sound.replace(&sabotage.from, &sabotage.to))?;
     let verdict = notice(tree, &sabotage.caught_by, release);
     fs::write(&path, sound)?;
     verdict
@@ -158,21 +126,4 @@ fn notice(tree: &Path, test: &str, release: bool) -> Result<Verdict> {
         (false, Some(line)) => Ok(Verdict::Caught(line.to_owned())),
         (false, None) => Ok(Verdict::Void(format!("it ended otherwise: {}", last_error(&checked.stderr)))),
     }
-}
-
-fn cargo(tree: &Path, arguments: &[&str], release: bool) -> Result<Output> {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(arguments).arg("--locked").current_dir(tree);
-    // Cargo would take the tree and its copy for the same packages, and the product of one for the other's.
-    command.env("CARGO_TARGET_DIR", tree.with_file_name("target"));
-    if release {
-        command.arg("--release");
-    }
-    command.output().context("cargo does not run")
-}
-
-fn last_error(stderr: &[u8]) -> String {
-    let text = String::from_utf8_lossy(stderr);
-    let line = text.lines().find(|line| line.starts_with("error")).or_else(|| text.lines().last());
-    line.unwrap_or_default().to_owned()
 }
