@@ -84,7 +84,8 @@ impl Core {
                 None => {}
             }
             let committed = match command {
-                Err(error) if error.code == "not-found" && !fresh => continue,
+                // What this replica has not applied yet may be why, or that it was done already.
+                Err(_) if !fresh => continue,
                 Err(error) => return Err(error),
                 Ok(command) => self.propose(actor.clone(), Some(request), command).await?,
             };

@@ -265,7 +265,7 @@ pub struct VmReport {
     /// Why it failed, or why it stopped.
     pub reason: String,
     /// With `Phase::Failed`: trying again on this or another host could help. With `Phase::Stopped`: the guest
-    /// did not switch itself off, so it should be started again.
+    /// did not switch itself off, so it should be started again if it is wanted on.
     pub retry: bool,
 }
 

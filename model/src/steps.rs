@@ -222,6 +222,10 @@ const fn rest(phase: Phase) -> Next {
     Next::Rest { phase, reason: "", retry: false }
 }
 
+/// Off because it was wished so. Its owner may have changed their mind by the time that is read, and then it is no word of
+/// the guest's: it is started again.
+const OFF_AS_WISHED: Next = Next::Rest { phase: Phase::Stopped, reason: "", retry: true };
+
 impl Observed {
     fn may_try(&self, subject: Subject, generation: u64) -> bool {
         let other = |failure: &Failure| !failure.permanent || generation > failure.generation;
@@ -359,7 +363,7 @@ fn next(wish: &VmWish, found: &Observed) -> Next {
         (Power::Absent, None) if memory.removed => rest(Phase::Absent),
         (Power::Absent, _) => Next::Do(Step::Remove(wish.vm)),
         (_, Some(guest)) if guest.epoch < wish.epoch => Next::Do(Step::Quarantine { vm: wish.vm, epoch: guest.epoch }),
-        (Power::Stopped, None) => rest(Phase::Stopped),
+        (Power::Stopped, None) => OFF_AS_WISHED,
         (_, Some(guest)) if moving::comes_first(wish, guest.power, memory) => moving::settle(wish, guest.power, memory),
         (Power::Stopped, Some(guest)) => stop(wish, guest.power, memory, found.now_millis),
         (Power::Arriving, _) => Next::Wait,
@@ -371,7 +375,7 @@ fn next(wish: &VmWish, found: &Observed) -> Next {
 fn stop(wish: &VmWish, power: FoundPower, memory: Memory, now_millis: u64) -> Next {
     let since = |then: u64| now_millis.saturating_sub(then);
     match power {
-        FoundPower::OffByGuest | FoundPower::OffByAgent | FoundPower::Crashed => rest(Phase::Stopped),
+        FoundPower::OffByGuest | FoundPower::OffByAgent | FoundPower::Crashed => OFF_AS_WISHED,
         FoundPower::Arriving | FoundPower::Arrived | FoundPower::Moved => Next::Wait,
         _ if wish.stop_grace_millis == 0 => Next::Do(Step::PowerOff(wish.vm)),
         _ if memory.pressed_first_millis.is_some_and(|at| since(at) >= wish.stop_grace_millis) => {

@@ -274,3 +274,21 @@ fn many_for_whom_there_is_no_room_do_not_hold_up_a_small_one() {
         .collect();
     assert_eq!(placed, [(VmId(2), NodeId(2)), (small, NODE)]);
 }
+
+#[test]
+fn a_guest_that_was_told_to_stop_is_started_again_when_its_owner_changed_their_mind_meanwhile() {
+    let mut cloud = Cloud::new();
+    let power = |wanted| Command::Tenant(TenantCommand::SetVmPower { vm: VM, wanted, stop_grace_millis: 30_000 });
+    cloud.done(power(Wanted::Stopped));
+    cloud.done(power(Wanted::Running));
+    let mut told = |retry| {
+        let (epoch, phase, reason) = (cloud.epoch(), Phase::Stopped, String::new());
+        let report = VmReport { vm: VM, epoch, attempt: 0, phase, rebooted: 0, reason, retry };
+        cloud.done(Command::Node(NodeCommand::ReportVms { node: NODE, incarnation: 1, reports: vec![report] }));
+        (cloud.vm().wanted, cloud.vm().phase)
+    };
+    assert_eq!(told(true), (Wanted::Running, Some(Phase::Stopped)), "it is off as was wished before");
+    cloud = Cloud::new();
+    let report = cloud.report(1, cloud.epoch(), Phase::Stopped);
+    assert_eq!((report, cloud.vm().wanted), (Ok(Reply::Done), Wanted::Stopped), "it switched itself off");
+}

@@ -246,6 +246,9 @@ fn stopping_is_the_button_then_the_plug() {
     check(&wish, &with(ready(), 7, FoundPower::Suspended), &["resume vm-1"]);
     for off in [FoundPower::OffByGuest, FoundPower::OffByAgent, FoundPower::Crashed] {
         check(&wish, &with(ready(), 7, off), &["report vm-1 epoch 7 Stopped rebooted 0"]);
+        // By the time this is read its owner may want it on again.
+        let told = steps(&wish, &with(ready(), 7, off));
+        assert!(told.iter().all(|step| matches!(step, Step::Report(report) if report.retry)), "{told:?}");
     }
     wish.vms[0].stop_grace_millis = 0;
     check(&wish, &running, &["power off vm-1"]);
