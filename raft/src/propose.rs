@@ -13,7 +13,7 @@
 use std::time::Duration;
 
 use futures::future::join_all;
-use model::{Actor, Applied, Command, Entry, OperatorCommand, command::Request};
+use model::{Actor, Applied, Command, Entry, OperatorCommand, Timestamp, command::Request};
 use openraft::errors::ClientWriteError;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::SemaphorePermit, time::Instant};
@@ -41,6 +41,14 @@ pub struct Proposal {
     pub request: Option<Request>,
     pub actor: Actor,
     pub command: Command,
+}
+
+impl Proposal {
+    /// An entry as it will stand in the log.
+    fn stamped(self, at: Timestamp) -> EncodedEntry {
+        let Self { request, actor, command } = self;
+        EncodedEntry(wire::to_bytes(&Entry { at, request, actor, command }).into())
+    }
 }
 
 /// It is in the log for ever, and this is what it came to.
@@ -105,7 +113,7 @@ impl Core {
         self.may_lead(&proposal.command)?;
         let leader = LeaderId { term, node_id: self.id };
         let (responder, answer) = openraft::impls::ProgressResponder::complete_only();
-        let write = self.raft.write(self.stamped(proposal)).responder(responder).with_leader(leader);
+        let write = self.raft.write(proposal.stamped(self.now())).responder(responder).with_leader(leader);
         if write.await.is_err() {
             return Err(ProposeError::Stopped);
         }
@@ -143,12 +151,6 @@ impl Core {
             _ if !self.has_quorum() => Err(ProposeError::NoQuorum),
             _ => Ok(()),
         }
-    }
-
-    /// An entry as it will stand in the log, with the time of now.
-    pub fn stamped(&self, proposal: Proposal) -> EncodedEntry {
-        let Proposal { request, actor, command } = proposal;
-        EncodedEntry(wire::to_bytes(&Entry { at: self.now(), request, actor, command }).into())
     }
 
     fn permit(&self, bytes: usize) -> Result<SemaphorePermit<'_>, ProposeError> {

@@ -61,7 +61,7 @@ pub struct Lost {
 
 /// One controller's.
 pub struct Shim {
-    library: PathBuf,
+    preloaded: PathBuf,
     page: PathBuf,
     synced: PathBuf,
     data: PathBuf,
@@ -98,13 +98,13 @@ impl Shim {
         file.set_len(PAGE_BYTES)?;
         let synced = folder.join(format!("{name}.synced"));
         // The kernel names an open file by its real path.
-        Ok(Self { library: library.into(), page, synced, data: data.canonicalize()?, file })
+        Ok(Self { preloaded: library.into(), page, synced, data: data.canonicalize()?, file })
     }
 
     /// What the controller needs in its environment.
     pub(super) fn environment(&self) -> [(&str, &OsStr); 4] {
         [
-            ("LD_PRELOAD", self.library.as_os_str()),
+            ("LD_PRELOAD", self.preloaded.as_os_str()),
             ("TREFOIL_SHIM", self.page.as_os_str()),
             ("TREFOIL_SHIM_DATA", self.data.as_os_str()),
             ("TREFOIL_SHIM_SYNCED", self.synced.as_os_str()),

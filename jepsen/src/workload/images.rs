@@ -106,28 +106,27 @@ async fn import_one(worker: &mut Worker, name: &str) -> bool {
     let (node, req) = (client.name.clone(), Worker::request_id());
     let asked = Asked { f: Function::Import, key: name.into(), value: digest, node, req };
     worker.invoke(&asked);
-    match import(&client, &asked.req, name, bytes).await {
-        Answer::Ok(digest) => {
-            worker.ok(&asked, json!(digest), None);
-            return true;
-        }
-        Answer::Fail(why) => worker.fail(&asked, why),
-        Answer::Info(why) => worker.info(&asked, why).await,
-    }
-    false
+    let answer = import(&client, &asked.req, name, bytes).await;
+    note(worker, &asked, answer).await
 }
 
 async fn export_one(worker: &mut Worker, client: &Client, name: &str) -> bool {
     let node = client.name.clone();
     let asked = Asked { f: Function::Export, key: name.into(), value: Value::Null, node, req: String::new() };
     worker.invoke(&asked);
-    match export(client, name).await {
+    let answer = export(client, name).await;
+    note(worker, &asked, answer).await
+}
+
+/// Writes down what came of it; whether it was done.
+async fn note(worker: &mut Worker, asked: &Asked, answer: Answer<String>) -> bool {
+    match answer {
         Answer::Ok(digest) => {
-            worker.ok(&asked, json!(digest), None);
+            worker.ok(asked, json!(digest), None);
             return true;
         }
-        Answer::Fail(why) => worker.fail(&asked, why),
-        Answer::Info(why) => worker.info(&asked, why).await,
+        Answer::Fail(why) => worker.fail(asked, why),
+        Answer::Info(why) => worker.info(asked, why).await,
     }
     false
 }

@@ -14,6 +14,8 @@
 //!
 //! Deliberately not here: what follows from it.
 
+use std::collections::VecDeque;
+
 use crate::lease::DRIFT_PPM;
 
 /// Beats of this time give one point: some twenty, of which the quickest counts.
@@ -22,9 +24,12 @@ const WINDOW_NANOS: u64 = 10_000_000_000;
 const ENOUGH_BEATS: u32 = 10;
 /// The quickest beat of a window takes no longer. A network or a host on which it does holds no lease either.
 const DELAY_NANOS: i64 = 500_000_000;
-/// Points are compared with one from at most this long ago, and at least half of that once it has passed: long enough
-/// for `DELAY_NANOS` to be half of what the bound allows, and soon enough to forget a clock that was mended.
+/// Points are compared with one from at most this long ago, and at least seven eighths of that once it has passed: long
+/// enough for `DELAY_NANOS` to be little more than half of what the bound allows, and soon enough to forget a clock that
+/// was mended.
 const BASE_NANOS: u64 = 1_000_000_000_000;
+/// Between two points that are kept for that.
+const STEP_NANOS: u64 = BASE_NANOS / 8;
 
 const MILLION: i128 = 1_000_000;
 
@@ -33,8 +38,8 @@ pub struct Drift {
     /// When a beat was last heard.
     heard: u64,
     window: Option<Window>,
-    /// The points that others are compared with: the older one, and the one that follows it.
-    anchors: [Option<Point>; 2],
+    /// The points that later ones are compared with, the oldest first: at most nine.
+    anchors: VecDeque<Point>,
     latest: Option<Point>,
 }
 
@@ -99,13 +104,12 @@ impl Drift {
 
     fn conclude(&mut self, point: Point) {
         self.latest = Some(point);
-        let newest = self.anchors[1].or(self.anchors[0]);
-        let due = newest.is_none_or(|anchor| point.at.saturating_sub(anchor.at) >= BASE_NANOS / 2);
-        match self.anchors {
-            [None, _] => self.anchors[0] = Some(point),
-            [Some(_), None] if due => self.anchors[1] = Some(point),
-            [Some(_), Some(newer)] if due => self.anchors = [Some(newer), Some(point)],
-            _ => {}
+        let since = |anchor: &Point| point.at.saturating_sub(anchor.at);
+        while self.anchors.get(1).is_some_and(|anchor| since(anchor) >= BASE_NANOS - STEP_NANOS) {
+            self.anchors.pop_front();
+        }
+        if self.anchors.back().is_none_or(|anchor| since(anchor) >= STEP_NANOS) {
+            self.anchors.push_back(point);
         }
     }
 
@@ -130,7 +134,7 @@ impl Drift {
 
     /// By how much the offset changed, and over which time.
     fn change(&self) -> Option<(i128, u64)> {
-        let (first, last) = (self.anchors[0]?, self.latest?);
+        let (first, last) = (self.anchors.front()?, self.latest?);
         let span = last.at.saturating_sub(first.at);
         (span > 0).then(|| (i128::from(last.offset) - i128::from(first.offset), span))
     }
@@ -207,14 +211,18 @@ mod tests {
         }
 
         #[test]
-        fn a_good_clock_is_known_to_be_fit_in_twenty_minutes(
+        fn a_good_clock_is_known_to_be_fit_in_twenty_minutes_and_remains_so(
             host in -200_i64..=200,
             seed in any::<u64>(),
             most in 0_u64..=100,
         ) {
             let mut drift = Drift::default();
             hear(&mut drift, 0, 1_200, (host, 0), jitter(seed, most));
-            prop_assert_eq!(drift.fitness(), Fitness::Fit, "{:?}", drift.rate());
+            for from in (1_200..3_600).step_by(20) {
+                prop_assert_eq!(drift.fitness(), Fitness::Fit, "{:?} after {} s", drift.rate(), from);
+                let delay = |beat| jitter(seed, most)(from * 2 + beat);
+                hear(&mut drift, from * SECOND, 20, (host, 0), delay);
+            }
         }
     }
 

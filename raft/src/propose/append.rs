@@ -91,7 +91,9 @@ async fn append_batch(core: SharedCore, batch: Vec<Append>, turn: OwnedSemaphore
     let (proposals, answers): (Vec<_>, Vec<_>) =
         batch.into_iter().map(|append| (append.proposal, append.answer)).unzip();
     let answered = async {
-        let entries: Vec<_> = proposals.into_iter().map(|proposal| core.stamped(proposal)).collect();
+        // One time for the whole batch: to ask for it takes the state's lock.
+        let now = core.now();
+        let entries: Vec<_> = proposals.into_iter().map(|proposal| proposal.stamped(now)).collect();
         let Ok(mut outcomes) = core.raft.client_write_many(entries).await else {
             for answer in answers {
                 drop(answer.send(Attempt::Refused(ProposeError::Stopped)));
