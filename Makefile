@@ -20,7 +20,7 @@ help:
 	@echo 'make simulate  a cloud from each of SEEDS seeds, under faults, beginning with FROM; or the story of one SEED'
 	@echo 'make scale    what a machine costs the quorum as the cloud grows, up to a million of them; MACHINES=1000,10000 for less'
 	@echo 'make sabotage  breaks the product in one place after another: does a test notice? (ONLY=part of a name)'
-	@echo 'make bench    writes, reads and failover beside etcd, machines beside plain libvirt; a table and a JSON file'
+	@echo 'make bench    writes, reads and failover beside etcd, lists, watchers and heartbeats of a larger cloud, machines beside plain libvirt'
 	@echo 'make recovery  cuts the power of real hosts in namespaces TIMES times (20), and measures (root)'
 	@echo 'make jepsen   clients and machines on a real cloud under faults of every family, ten minutes; a verdict'
 	@echo '              (TIME=seconds SEED=number NEMESIS=kill,host,mix WORKLOAD=register,machines CONTROLLERS=5)'

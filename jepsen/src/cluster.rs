@@ -178,6 +178,11 @@ impl Cluster {
         self.controllers.iter().filter_map(|m| m.process.as_ref()?.cpu_time()).sum()
     }
 
+    /// CPU time of one of them so far; none while it does not run.
+    pub fn cpu_time_of(&self, controller: usize) -> Duration {
+        self.controllers[controller].process.as_ref().and_then(Process::cpu_time).unwrap_or_default()
+    }
+
     /// Mean over the controllers.
     pub fn resident_bytes(&self) -> u64 {
         let sizes: Vec<u64> = self.controllers.iter().filter_map(|m| m.process.as_ref()?.resident_bytes()).collect();

@@ -22,10 +22,13 @@ use self::{
 pub mod disk;
 pub mod etcd;
 pub mod failover;
+pub mod fleet;
+pub mod growth;
 pub mod load;
 pub mod machines;
 pub mod store;
 pub mod table;
+pub mod watchers;
 
 /// Clients at the same time, unless others are asked for.
 const CLIENTS: [usize; 4] = [1, 16, 64, 256];
@@ -62,6 +65,15 @@ pub struct Settings {
     /// Machines created on a real host, each beside one of plain libvirt.
     #[arg(long, default_value_t = 12)]
     pub machines: usize,
+    /// Machines of the cloud whose lists, placements and heartbeats are measured; 0 leaves it out.
+    #[arg(long, default_value_t = 20_000)]
+    pub grown: usize,
+    /// Its hosts, which only beat.
+    #[arg(long, default_value_t = 100)]
+    pub hosts: usize,
+    /// Who watch it at the same time.
+    #[arg(long, default_value_t = 1_000)]
+    pub watchers: usize,
     /// Where the servers keep their data: on the disk that is to be measured. By default beside this program.
     #[arg(long)]
     pub data: Option<PathBuf>,
@@ -75,6 +87,8 @@ pub struct Results {
     pub disk: disk::SyncRate,
     pub cells: Vec<Cell>,
     pub failover: Vec<failover::Gaps>,
+    pub handovers: Option<failover::Handovers>,
+    pub growth: Option<growth::Growth>,
     pub creation: Option<machines::Creation>,
     pub memory: Vec<Memory>,
     /// What could not be measured here, and why.
@@ -123,8 +137,9 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
     memory.extend(peers.iter().map(|(system, etcd)| Memory { system, resident_mib: mib(etcd.resident_bytes()) }));
     // Failover is a matter of timers, not of TLS: one etcd is enough, and nothing else runs beside.
     peers.truncate(1);
-    let mut failover = Vec::new();
+    let (mut failover, mut handovers) = (Vec::new(), None);
     if settings.kills > 0 {
+        handovers = Some(failover::handovers(&mut cluster, settings.kills).await?);
         failover.push(failover::trefoil(&mut cluster, settings.kills).await?);
     }
     cluster.stop().await?;
@@ -134,6 +149,13 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
         }
     }
     drop(peers);
+    let growth = match settings.grown {
+        0 => None,
+        machines => {
+            let time = Duration::from_secs_f64(settings.seconds);
+            Some(growth::measure(&root.join("g"), machines, settings.hosts, settings.watchers, time).await?)
+        }
+    };
     let creation = match machines::obstacle() {
         None if settings.machines > 0 => Some(machines::measure(settings.machines).await?),
         None => None,
@@ -142,7 +164,8 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
             None
         }
     };
-    Ok(Results { disk, cells, failover, creation, memory, skipped, load_average: [before, load_average()] })
+    let load_average = [before, load_average()];
+    Ok(Results { disk, cells, failover, handovers, growth, creation, memory, skipped, load_average })
 }
 
 /// Every operation at every number of clients, all systems in turn.

@@ -1,7 +1,8 @@
-//! How long nobody's writes are acknowledged after `kill -9` of the leader.
+//! How long nobody's writes are acknowledged after `kill -9` of the leader, and while it hands over.
 //!
 //! Clients try every member every few milliseconds, each attempt on its own, as many clients together would; the
-//! figure is the time from the kill to the first acknowledgement of a write that was begun after it.
+//! figure is the time from the kill to the first acknowledgement of a write that was begun after it. A handover is
+//! polite: there the figure is the longest time between two acknowledgements, and no attempt may fail.
 
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,74 @@ impl Gaps {
         let position = ((sorted.len() as f64 * part).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
         sorted.get(position).copied().unwrap_or(f64::NAN)
     }
+}
+
+/// The leader hands over.
+#[derive(Debug, Serialize)]
+pub struct Handovers {
+    pub gaps: Gaps,
+    /// The same in as many stretches of the same length without a handover.
+    pub calm: Gaps,
+    pub attempts: usize,
+    pub failed: usize,
+}
+
+/// # Errors
+/// When the cluster does not follow the new leader.
+pub async fn handovers(cluster: &mut Cluster, times: usize) -> anyhow::Result<Handovers> {
+    let stores = store::trefoil(cluster, cluster.size())?;
+    connect(&stores).await?;
+    let mut all = Handovers {
+        gaps: Gaps { system: "trefoil", millis: Vec::new() },
+        calm: Gaps { system: "calm", millis: Vec::new() },
+        attempts: 0,
+        failed: 0,
+    };
+    for _ in 0..times {
+        let leader = cluster.leader().await.context("no leader to hand over")?;
+        let next = (leader + 1) % cluster.size();
+        for handover in [false, true] {
+            let during = async {
+                let transferred = if handover { cluster.transfer_leader(next).await } else { Ok(()) };
+                tokio::time::sleep(REST).await;
+                transferred
+            };
+            let (gap, attempts, failed) = longest_gap(&stores, during).await?;
+            let gaps = if handover { &mut all.gaps } else { &mut all.calm };
+            gaps.millis.push(gap);
+            all.attempts += attempts;
+            all.failed += failed;
+        }
+        cluster.settled(PATIENCE).await?;
+    }
+    Ok(all)
+}
+
+/// Milliseconds of the longest time between two acknowledgements while something is done, and how many attempts there
+/// were, and failed.
+async fn longest_gap(
+    stores: &[Store],
+    during: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<(f64, usize, usize)> {
+    let mut ticks = tokio::time::interval(EVERY);
+    let mut attempts = tokio::task::JoinSet::new();
+    let mut during = std::pin::pin!(during);
+    loop {
+        tokio::select! {
+            done = &mut during => break done?,
+            _ = ticks.tick() => for store in stores {
+                let mut store = store.clone();
+                attempts.spawn(async move { store.write(0, "during").await.map(|()| Instant::now()) });
+            },
+        }
+    }
+    let answers = attempts.join_all().await;
+    let all = answers.len();
+    let mut times: Vec<Instant> = answers.into_iter().flatten().collect();
+    times.sort_unstable();
+    let gaps = times.windows(2).map(|pair| pair[1].duration_since(pair[0]));
+    let longest = gaps.max().context("hardly a write was acknowledged")?;
+    Ok((longest.as_secs_f64() * 1000.0, all, all - times.len()))
 }
 
 /// # Errors

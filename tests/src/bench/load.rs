@@ -49,7 +49,8 @@ pub struct Cell {
     cpu: Duration,
 }
 
-fn histogram() -> Histogram<u64> {
+/// Microseconds, up to a minute.
+pub fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000, 3).expect("the bounds are constant")
 }
 
@@ -154,7 +155,13 @@ impl Cell {
     }
 }
 
-async fn one_client(mut store: Store, operation: Operation, end: Instant, mut chance: Chance) -> (Histogram<u64>, u64) {
+/// One request after the other until `end`; how long each took, and how many failed.
+pub async fn one_client(
+    mut store: Store,
+    operation: Operation,
+    end: Instant,
+    mut chance: Chance,
+) -> (Histogram<u64>, u64) {
     let mut seen = histogram();
     let mut errors = 0;
     while Instant::now() < end {

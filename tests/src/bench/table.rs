@@ -1,6 +1,6 @@
 //! The results as a table with ratios, for a terminal and for the README.
 
-use super::{ETCD, ETCD_TLS, Results, load::Cell};
+use super::{ETCD, ETCD_TLS, Results, failover::Gaps, growth::Quantiles, load::Cell};
 
 pub fn print(results: &Results) {
     println!();
@@ -26,6 +26,7 @@ pub fn print(results: &Results) {
     }
     println!();
     print_failover(results);
+    print_growth(results);
     print_creation(results);
     for memory in &results.memory {
         println!("resident memory of a member, {}: {:.0} MiB", memory.system, memory.resident_mib);
@@ -36,20 +37,47 @@ pub fn print(results: &Results) {
 }
 
 fn print_failover(results: &Results) {
-    if results.failover.is_empty() {
-        return;
+    if !results.failover.is_empty() {
+        println!("leader killed (kill -9), until the next acknowledged write, ms:");
+        results.failover.iter().for_each(print_gaps);
     }
-    println!("leader killed (kill -9), until the next acknowledged write, ms:");
-    for gaps in &results.failover {
+    if let Some(handovers) = &results.handovers {
         println!(
-            "  {:<8} n {:<3} p50 {:>6.0}   p90 {:>6.0}   max {:>6.0}",
-            gaps.system,
-            gaps.millis.len(),
-            gaps.quantile(0.5),
-            gaps.quantile(0.9),
-            gaps.quantile(1.0)
+            "leader hands over, longest time between two acknowledged writes, ms ({} of {} attempts failed):",
+            handovers.failed, handovers.attempts
+        );
+        [&handovers.gaps, &handovers.calm].into_iter().for_each(print_gaps);
+    }
+}
+
+fn print_gaps(gaps: &Gaps) {
+    let [p50, p90, max] = [0.5, 0.9, 1.0].map(|part| gaps.quantile(part));
+    println!("  {:<8} n {:<3} p50 {p50:>6.0}   p90 {p90:>6.0}   max {max:>6.0}", gaps.system, gaps.millis.len());
+}
+
+fn print_growth(results: &Results) {
+    let Some(growth) = &results.growth else { return };
+    println!("{} machines on {} hosts that only beat:", growth.machines, growth.hosts);
+    println!("  created {:>8.0}/s   hosts given {:>8.0}/s", growth.created_per_second, growth.placed_per_second);
+    for (what, quantiles) in [("the whole list", &growth.list_millis), ("a page of 100", &growth.page_millis)] {
+        let Quantiles { p50, p99 } = quantiles;
+        println!("  {what:<15} p50 {p50:>7.2}   p99 {p99:>7.2} ms, beside {:.0} writes/s", growth.writes_per_second);
+    }
+    let watching = &growth.watching;
+    println!(
+        "  a change reaches each of {} watchers: p50 {:.1}   p99 {:.1} ms; the last of them: p50 {:.1} ms",
+        watching.watchers, watching.p50_millis, watching.p99_millis, watching.all_millis
+    );
+    for ear in &growth.listening {
+        println!(
+            "  a {:<8} with {:>6} beats/s ({:>6.0} answered) takes {:>5.1} % of a core",
+            ear.role,
+            ear.asked_per_second,
+            ear.answered_per_second,
+            ear.core * 100.0
         );
     }
+    println!("  resident memory of a member: {:.0} MiB", growth.resident_mib);
 }
 
 fn print_creation(results: &Results) {
