@@ -60,6 +60,8 @@ pub struct Observed {
     pub images: BTreeMap<Digest, u64>,
     /// Blobs that must stay whatever the assignment says: disks that were kept aside stand on them.
     pub pinned_images: BTreeSet<Digest>,
+    /// Machines that a step under way sets going: what was seen of them may be from before it.
+    pub set_going: BTreeSet<VmId>,
     pub memories: BTreeMap<VmId, Memory>,
     pub failures: BTreeMap<Subject, Failure>,
     /// What the quorum was last told.
@@ -190,7 +192,8 @@ pub fn steps(wish: &Assignment, found: &Observed) -> Vec<Step> {
     let mut out = Vec::new();
     networks(wish, found, &mut out);
     fetches(wish, found, &mut out);
-    for vm in &wish.vms {
+    // Nothing is said or done about a guest that is just being started: seen off, it may run by the time that anybody reads so.
+    for vm in wish.vms.iter().filter(|vm| !found.set_going.contains(&vm.vm)) {
         if vm.power == Power::Arriving {
             moving::arrival(wish.generation, vm, found, &mut out);
             continue;

@@ -242,6 +242,7 @@ impl Executor {
     fn lend(&self, found: &mut Observed) {
         found.memories = self.memories.clone();
         found.failures = self.failures.clone();
+        found.set_going = self.busy.values().filter_map(Step::sets_going).collect();
         found.told = self.told.clone();
         found.told_images = self.told_images.clone();
         found.told_backups = self.told_backups.clone();
@@ -422,8 +423,7 @@ impl Executor {
             Ok(_) => self.note_success(subject, &step),
             Err(fault) if fault.kind == FaultKind::NotNow => {
                 tracing::warn!(reason = fault.reason, "not possible just now");
-                let failure = self.failures.remove(&subject);
-                let count = failure.map_or(0, |failure| failure.count);
+                let count = self.failures.remove(&subject).map_or(0, |failure| failure.count);
                 self.note_failure(subject, count, false, fault.reason);
             }
             Err(fault) => {

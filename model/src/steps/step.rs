@@ -110,6 +110,14 @@ impl Step {
             Self::ReportImage(_) | Self::ReportBackup(_) | Self::ReportRehearsal(_) => None,
         }
     }
+
+    /// The machine that runs, or goes on, at some moment while this is carried out.
+    pub fn sets_going(&self) -> Option<VmId> {
+        match self {
+            Self::Start { vm, .. } | Self::FinishMigration { vm, .. } | Self::Resume(vm) => Some(*vm),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Step {

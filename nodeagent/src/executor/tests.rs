@@ -269,6 +269,24 @@ async fn a_machine_lives_its_whole_life_here() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_said_of_a_machine_while_it_is_being_started() {
+    let world = World::new();
+    world.hypervisor.set(Mood::Starting(VmId(1)));
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until("its start begins", |world| world.hypervisor.starts.load(Ordering::SeqCst) == 1).await;
+    // It is off, as it should be now; but it will run. That the other one runs shows that the host was looked at since.
+    let other = VmWish { vm: VmId(2), nics: vec![], ..vm(8, Power::Running) };
+    world.wish(2, vec![vm(7, Power::Stopped), other]);
+    world.until_reported(8, Phase::Running).await;
+    assert!(world.reports.lock().unwrap().iter().all(|report| report.vm != VmId(1)), "{:?}", world.reports);
+    world.hypervisor.set(Mood::Good);
+    world.until_reported(7, Phase::Stopped).await;
+    let guests = world.hypervisor.inner.guests().unwrap();
+    let power = guests.iter().find(|guest| guest.vm == VmId(1)).map(|guest| guest.power);
+    assert_eq!(power, Some(GuestPower::Off(OffReason::ByAgent)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restarted_agent_adopts_what_runs_and_obeys_nothing_from_the_past() {
     let mut world = World::new();
     world.wish(5, vec![VmWish { reboots: 1, ..vm(7, Power::Running) }]);

@@ -7,6 +7,7 @@ use std::{
         Mutex,
         atomic::{AtomicU32, Ordering},
     },
+    time::Duration,
 };
 
 use model::{Capacity, HypervisorKind, VmId, telemetry::NodeStatus};
@@ -33,6 +34,8 @@ pub enum Mood {
     Unreachable,
     NoStart,
     Panics,
+    /// A start of this one has begun and does not end.
+    Starting(VmId),
 }
 
 type Hyper<T> = crate::hypervisor::Result<T>;
@@ -91,9 +94,12 @@ impl Hypervisor for Moody {
         match self.mood() {
             Mood::NoStart => return Err(HypervisorError::Permanent("no such machine type".into())),
             Mood::Panics => panic!("a mistake in the hypervisor's code"),
-            Mood::Good | Mood::Unreachable => {}
+            Mood::Good | Mood::Unreachable | Mood::Starting(_) => {}
         }
         self.starts.fetch_add(1, Ordering::SeqCst);
+        while self.mood() == Mood::Starting(spec.vm) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         self.inner.start(spec)
     }
     fn suspend(&self, vm: VmId) -> Hyper<()> {
