@@ -152,6 +152,7 @@ fn write_report(plan: &Plan, about: About, ended: Ended) -> anyhow::Result<Repor
     if recovered {
         named.push(("disks: one entry at an index, applied by a majority", log::matches(&dumps)));
         named.push(("disks: equal index, equal state", log::states(&dumps)));
+        named.push(("disks: no vote is forgotten", log::votes(&dumps)));
         named.push(("disks: nothing acknowledged is missing", log::acknowledged(&events, &dumps)));
     }
     let seen = Seen { seconds, operations: &operations, faults: outcomes, skipped, undone, resolved: &resolved };

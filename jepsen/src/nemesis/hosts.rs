@@ -109,7 +109,7 @@ impl Held {
     /// When the harness itself fails.
     pub async fn end(self, cluster: &mut Cluster, proof: &mut Proof) -> anyhow::Result<()> {
         if self.harm != Harm::KillAgent {
-            let lost = given_up_but(cluster, self.agent, self.with, GIVEN_UP).await;
+            let lost = given_up(cluster, self.agent, self.with).await;
             doubt_unless(lost, "the host was never given up", proof);
             tokio::time::sleep(ELSEWHERE).await;
         }
@@ -137,14 +137,9 @@ fn doubt_unless(so: bool, why: &str, proof: &mut Proof) {
     }
 }
 
-/// Whether the quorum says within this time that the host is lost.
-pub async fn given_up(cluster: &Cluster, agent: usize, within: Duration) -> bool {
-    given_up_but(cluster, agent, None, within).await
-}
-
-/// The same, and one controller is not asked.
-async fn given_up_but(cluster: &Cluster, agent: usize, but: Option<usize>, within: Duration) -> bool {
-    let deadline = Instant::now() + within;
+/// Whether the quorum says so in time; one controller is not asked.
+async fn given_up(cluster: &Cluster, agent: usize, but: Option<usize>) -> bool {
+    let deadline = Instant::now() + GIVEN_UP;
     while Instant::now() < deadline {
         if cluster.host_state_but(agent, but).await == "lost" {
             return true;

@@ -1,11 +1,13 @@
 //! Networks that are made and deleted, so that a run has more than one VNI and VNIs that became free.
 
+use std::time::Instant;
+
 use api::proto::{CreateNetworkRequest, ListRequest, NamedRef};
 use futures::future::LocalBoxFuture;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
-use super::{Asked, Evidence, PAUSE, Site, Worker, Workload, finals};
+use super::{Asked, Evidence, PAUSE, SETTLE, Site, Worker, Workload, finals};
 use crate::{
     chance::Chance,
     checker::{self, Finding},
@@ -14,6 +16,8 @@ use crate::{
 };
 
 const CLIENTS: usize = 2;
+/// Before the first fault.
+const FIRST: usize = 2;
 /// Of one client at one time: with two clients fewer than a new tenant may have.
 const NETWORKS: usize = 3;
 /// Slower than the registers: a network has an address range, and each client has some thousand.
@@ -32,6 +36,24 @@ impl Workload for Networks {
 
     fn needs(&self) -> &'static [Function] {
         &[Function::CreateNetwork, Function::DeleteNetwork, Function::Networks]
+    }
+
+    /// Two that stay, so that there are always two VNIs.
+    fn prepare<'a>(&'a self, site: &'a Site<'a>) -> LocalBoxFuture<'a, anyhow::Result<()>> {
+        Box::pin(async {
+            let mut worker = site.worker(&mut Chance::new(0))?;
+            let deadline = Instant::now() + SETTLE;
+            // One whose answer was lost has its name and its range.
+            for number in 0.. {
+                let (name, range) = (format!("network-first-{number}"), range(CLIENTS, number));
+                ask(&mut worker, Function::CreateNetwork, &name, &range).await;
+                if worker.shared.recorder.done(Function::CreateNetwork).len() >= FIRST {
+                    break;
+                }
+                anyhow::ensure!(Instant::now() < deadline, "a new cloud does not take a network");
+            }
+            Ok(())
+        })
     }
 
     fn start(&self, site: &Site<'_>, chance: &mut Chance) -> anyhow::Result<Vec<JoinHandle<()>>> {
