@@ -329,7 +329,7 @@ impl Cluster {
                 stubborn.push(member.name.clone());
             }
         }
-        anyhow::ensure!(stubborn.is_empty(), "SIGTERM did not end {}", stubborn.join(", "));
+        anyhow::ensure!(stubborn.is_empty(), "SIGTERM did not end {} well; the log says how", stubborn.join(", "));
         Ok(())
     }
 }
