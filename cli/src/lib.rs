@@ -24,13 +24,16 @@ pub mod output;
 pub mod quantity;
 mod wait;
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{ffi::OsString, process::ExitCode, time::Duration};
 
 use api::error::ApiError;
 use clap::{CommandFactory, FromArgMatches};
 
 use arguments::Cli;
 use output::Format;
+
+/// A server's threads end in milliseconds once it has stopped; one that does not hangs on a disk, and is left behind.
+const LAST_THREADS: Duration = Duration::from_secs(5);
 
 /// Parses, runs, reports. The exit status is 0 when all was done, else that of the error's kind
 /// (`api::error::ErrorKind::exit_status`).
@@ -60,14 +63,21 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(cli: Cli, format: Format) -> Result<(), ApiError> {
     logging::init(&cli.command);
     // A client waits for one answer at a time; a server has as many threads as the machine.
-    let mut runtime = match cli.command.is_server() {
+    let is_server = cli.command.is_server();
+    let mut runtime = match is_server {
         true => tokio::runtime::Builder::new_multi_thread(),
         false => tokio::runtime::Builder::new_current_thread(),
     };
     let runtime = runtime.enable_all().build().map_err(|e| ApiError::internal(e.to_string()))?;
     let outcome = runtime.block_on(commands::run(cli, format));
-    // A thread that still reads a slow disk must not keep a person waiting.
-    runtime.shutdown_background();
+    if is_server {
+        // RocksDB is closed by the last thread that uses it. When the process ends before, that thread meets what the end has
+        // taken away and aborts.
+        runtime.shutdown_timeout(LAST_THREADS);
+    } else {
+        // A thread that still reads a slow disk must not keep a person waiting.
+        runtime.shutdown_background();
+    }
     outcome
 }
 

@@ -7,6 +7,7 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -23,6 +24,7 @@ use tonic::transport::Channel;
 
 use self::{
     process::Process,
+    relay::Relay,
     shim::Shim,
     switch::{Link, Switch},
 };
@@ -32,6 +34,7 @@ mod host;
 mod launch;
 mod member;
 pub mod process;
+pub mod relay;
 pub mod shim;
 pub mod switch;
 
@@ -87,6 +90,8 @@ pub struct Cluster {
     agents: Vec<Member>,
     access: Access,
     switch: Option<Switch>,
+    /// On the way of heartbeats, if anything is.
+    relay: Option<Arc<Relay>>,
     /// Another release of it, to exchange it for.
     other_binary: Option<PathBuf>,
     snapshot_every: Option<u64>,
@@ -114,6 +119,7 @@ impl Cluster {
             agents: Vec::new(),
             access: Access { ca_pem: String::new(), token: String::new() },
             switch,
+            relay: None,
             snapshot_every: options.snapshot_every,
             offer: options.offer,
             _turn: turn,
@@ -323,7 +329,7 @@ impl Cluster {
                 stubborn.push(member.name.clone());
             }
         }
-        anyhow::ensure!(stubborn.is_empty(), "SIGTERM did not end {}", stubborn.join(", "));
+        anyhow::ensure!(stubborn.is_empty(), "SIGTERM did not end {} well; the log says how", stubborn.join(", "));
         Ok(())
     }
 }

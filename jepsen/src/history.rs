@@ -53,6 +53,11 @@ pub enum Function {
     Nodes,
     /// The answer is what the tenant may have and what it has.
     Quota,
+    /// The answer is its id and VNI.
+    CreateNetwork,
+    DeleteNetwork,
+    /// The answer is every network at one log index.
+    Networks,
     /// An image; the value is the digest of its bytes.
     Import,
     /// The answer is the digest of the bytes that came.
@@ -76,6 +81,8 @@ impl Function {
                 | Self::Power
                 | Self::Migrate
                 | Self::Delete
+                | Self::CreateNetwork
+                | Self::DeleteNetwork
                 | Self::Import
         )
     }

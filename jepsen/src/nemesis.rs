@@ -1,7 +1,7 @@
 //! What is done to the cluster, and the evidence that it was really done.
 //!
-//! A family of faults is a file of [`processes`], [`links`], [`disk`], [`clock`], [`membership`] and [`hosts`]: each begins a
-//! fault and gives back what ends it. [`round`] holds one fault for a time, or several at once; [`core`] is the end of
+//! A family of faults is a file of [`processes`], [`links`], [`disk`], [`clock`], [`membership`], [`hosts`] and [`beats`]: each
+//! begins a fault and gives back what ends it. [`round`] holds one fault for a time, or several at once; [`core`] is the end of
 //! a run, where a connected majority is healed while the rest stays broken.
 
 use std::{collections::BTreeSet, fmt, time::Duration};
@@ -13,6 +13,7 @@ use crate::{
     cluster::{Cluster, shim::Shim, switch::Switch},
     workload::SETTLE,
 };
+use beats::Twist;
 use clock::Wrong;
 use disk::Damage;
 use hosts::Harm;
@@ -21,6 +22,7 @@ use membership::Change;
 use processes::Whom;
 
 pub mod background;
+pub mod beats;
 pub mod clock;
 pub mod core;
 pub mod disk;
@@ -46,6 +48,7 @@ pub enum Fault {
     Clock(Wrong),
     Membership(Change),
     Host(Harm),
+    Beats(Twist),
     /// At the end of a run, see [`core`].
     AllButMajority,
 }
@@ -71,6 +74,8 @@ pub enum Family {
     Upgrade,
     /// What happens to hosts rather than controllers.
     Host,
+    /// Heartbeats lost, doubled, out of order, late, and played again.
+    Beats,
     /// Several faults of any family at once, by chance.
     Mix,
 }
@@ -91,6 +96,7 @@ impl Family {
             Self::Membership => Change::ALL.map(Fault::Membership).to_vec(),
             Self::Upgrade => vec![Fault::Membership(Change::Upgrade)],
             Self::Host => Harm::ALL.map(Fault::Host).to_vec(),
+            Self::Beats => Twist::ALL.map(Fault::Beats).to_vec(),
             Self::Mix => Vec::new(),
         }
     }
@@ -99,6 +105,7 @@ impl Family {
     pub fn obstacle(self) -> Option<String> {
         match self {
             Self::Partition | Self::Link | Self::Host => Switch::obstacle(),
+            Self::Beats => Switch::turn_obstacle(),
             Self::Disk | Self::Clock => Shim::obstacle(),
             Self::Mix => Switch::obstacle().or_else(Shim::obstacle),
             Self::Kill | Self::Pause | Self::Membership | Self::Upgrade => None,
@@ -107,7 +114,12 @@ impl Family {
 
     /// Whether it needs controllers on hosts of their own.
     pub fn isolates(self) -> bool {
-        matches!(self, Self::Partition | Self::Link | Self::Host | Self::Mix)
+        matches!(self, Self::Partition | Self::Link | Self::Host | Self::Beats | Self::Mix)
+    }
+
+    /// Whether it needs something on the way of heartbeats.
+    pub fn relays(self) -> bool {
+        self == Self::Beats
     }
 
     /// Whether it needs something between a controller and its disk or clocks.
@@ -137,6 +149,7 @@ impl fmt::Display for Fault {
             Self::Clock(wrong) => f.pad(wrong.name()),
             Self::Membership(change) => f.pad(change.name()),
             Self::Host(harm) => harm.fmt(f),
+            Self::Beats(twist) => twist.fmt(f),
             Self::AllButMajority => f.pad("all but a majority"),
         }
     }
@@ -261,6 +274,7 @@ enum Held {
     Clock(clock::Held),
     Membership(membership::Held),
     Host(hosts::Held),
+    Beats(beats::Held),
 }
 
 /// A fault that is in force.
@@ -295,7 +309,8 @@ pub async fn begin(
         Fault::Membership(change) => {
             membership::begin(cluster, change, &scene, &mut proof).await?.map(Held::Membership)
         }
-        Fault::Host(harm) => Some(Held::Host(hosts::begin(cluster, harm, &mut proof, chance)?)),
+        Fault::Host(harm) => Some(Held::Host(hosts::begin(cluster, harm, &scene, &mut proof, chance)?)),
+        Fault::Beats(twist) => Some(Held::Beats(beats::begin(cluster, twist, &scene, &mut proof, chance)?)),
         // It is no fault that is held, but a way to end.
         Fault::AllButMajority => None,
     };
@@ -306,7 +321,7 @@ impl InForce {
     /// The controllers whose processes it has; another fault leaves them alone.
     pub fn taken(&self) -> BTreeSet<usize> {
         match self.held {
-            Held::Links(_) | Held::Host(_) => BTreeSet::new(),
+            Held::Links(_) | Held::Host(_) | Held::Beats(_) => BTreeSet::new(),
             _ => self.proof.targets.clone(),
         }
     }
@@ -326,6 +341,10 @@ impl InForce {
             Held::Membership(held) => held.end(cluster).await?,
             Held::Host(held) => {
                 hit.push(held.hit(cluster));
+                held.end(cluster, proof).await?;
+            }
+            Held::Beats(held) => {
+                hit.extend(held.hit(cluster));
                 held.end(cluster, proof).await?;
             }
         }

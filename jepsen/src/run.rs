@@ -52,6 +52,9 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     if plan.families.iter().filter(possible).any(|family| family.preloads()) {
         cluster.preload().await?;
     }
+    if plan.families.iter().filter(possible).any(|family| family.relays()) {
+        cluster.relay_beats()?;
+    }
     cluster.create_tenant(TENANT).await?;
 
     let recorder = Recorder::new(Some(&plan.folder.join("history.jsonl")))?;
@@ -138,14 +141,18 @@ fn write_report(plan: &Plan, about: About, ended: Ended) -> anyhow::Result<Repor
     let undone = plan.workloads.iter().flat_map(|workload| workload.gaps(&evidence)).collect();
     let mut named: Vec<_> = plan.workloads.iter().flat_map(|workload| workload.judge(&evidence)).collect();
     named.extend(last);
-    if outcomes.iter().any(|fault| matches!(fault.fault, Fault::Disk(_))) {
-        let broken = outcomes.iter().find(|fault| !fault.broken.is_empty());
-        let finding = broken.map_or(Finding::Holds, |fault| Finding::Broken(fault.broken.clone()));
-        named.push(("disk: damage is refused", finding));
-    }
+    let own = |name, of: fn(&Fault) -> bool| {
+        let mut those = outcomes.iter().filter(|fault| of(&fault.fault)).peekable();
+        those.peek()?;
+        let broken = those.find(|fault| !fault.broken.is_empty());
+        Some((name, broken.map_or(Finding::Holds, |fault| Finding::Broken(fault.broken.clone()))))
+    };
+    named.extend(own("disk: damage is refused", |fault| matches!(fault, Fault::Disk(_))));
+    named.extend(own("beats: enough keep a host, old ones do not", |fault| matches!(fault, Fault::Beats(_))));
     if recovered {
         named.push(("disks: one entry at an index, applied by a majority", log::matches(&dumps)));
         named.push(("disks: equal index, equal state", log::states(&dumps)));
+        named.push(("disks: no vote is forgotten", log::votes(&dumps)));
         named.push(("disks: nothing acknowledged is missing", log::acknowledged(&events, &dumps)));
     }
     let seen = Seen { seconds, operations: &operations, faults: outcomes, skipped, undone, resolved: &resolved };

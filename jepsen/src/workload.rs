@@ -30,13 +30,20 @@ use crate::{
 
 pub mod images;
 pub mod machines;
+pub mod networks;
 pub mod register;
 pub mod set;
 pub mod watch;
 
 /// Every workload that there is.
-pub const ALL: &[&dyn Workload] =
-    &[&register::Registers, &set::Elements, &watch::Watchers, &machines::Machines, &images::Images];
+pub const ALL: &[&dyn Workload] = &[
+    &register::Registers,
+    &set::Elements,
+    &watch::Watchers,
+    &machines::Machines,
+    &networks::Networks,
+    &images::Images,
+];
 
 /// The tenant in which all of them work.
 pub const TENANT: &str = "jepsen";

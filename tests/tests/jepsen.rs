@@ -11,10 +11,10 @@ use jepsen::{
 
 #[tokio::test(flavor = "multi_thread")]
 async fn some_faults_of_controllers_and_hosts_break_no_promise() {
-    let mut families = vec![Family::Host, Family::Partition, Family::Kill, Family::Pause];
+    let mut families = vec![Family::Host, Family::Beats, Family::Partition, Family::Kill, Family::Pause];
     if let Some(obstacle) = Switch::obstacle() {
-        skipped("jepsen: partitions and cut hosts", &obstacle);
-        families.drain(..2);
+        skipped("jepsen: partitions, cut hosts and heartbeats", &obstacle);
+        families.drain(..3);
     }
     passes("k", 30, families).await;
 }

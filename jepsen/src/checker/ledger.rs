@@ -115,7 +115,9 @@ fn charged_as(row: &Value) -> &'static [&'static str] {
 }
 
 /// What hosts did comes before what they say of it: nobody is charged as running before it ran for the first time, nor an
-/// exclusive machine as stopped while it ran on. (Of another one a stale copy may run on a host that is cut off.)
+/// exclusive machine as stopped while it ran on. (Of another one a stale copy may run on a host that is cut off.) One that
+/// was stopped and at once started may run again when its stop enters the log: that it had stopped since the line before
+/// is enough.
 fn as_it_ran(
     operations: &[Operation],
     lines: &BTreeMap<&str, Vec<Line<'_>>>,
@@ -128,6 +130,7 @@ fn as_it_ran(
     for (vm, lines) in lines.iter().filter(|(resource, _)| resource.starts_with("vm-")) {
         let spans = || spans.iter().filter(|span| span.vm == **vm);
         let first = spans().map(|span| millis(span.from)).min();
+        let mut since = 0;
         for line in lines {
             let early = first.is_none_or(|first| line.from + ROUNDING_MILLIS < first);
             if line.status == "running" && early {
@@ -139,12 +142,17 @@ fn as_it_ran(
             let on = |span: &effect::Span| {
                 millis(span.from) + ROUNDING_MILLIS < line.from && line.from + ROUNDING_MILLIS < millis(span.to)
             };
-            if line.status == "stopped" && exclusive.contains(vm) && spans().any(on) {
+            let ended = |span: &effect::Span| {
+                let end = millis(span.to);
+                since <= end + ROUNDING_MILLIS && end <= line.from + ROUNDING_MILLIS
+            };
+            if line.status == "stopped" && exclusive.contains(vm) && spans().any(on) && !spans().any(ended) {
                 return Finding::Broken(format!(
                     "ledger: {vm} is charged as stopped from {}, while it runs",
                     line.from
                 ));
             }
+            since = line.from;
         }
     }
     Finding::Holds
@@ -253,6 +261,10 @@ mod tests {
         assert!(matches!(verdict(&[]), Finding::Broken(_)));
         assert!(matches!(verdict(&ran(50, 203)), Finding::Broken(_)));
         assert_eq!(verdict(&ran(50, 150)), Finding::Holds, "the host tells of it later");
+        let again = [ran(50, 190), ran(195, 400)].concat();
+        assert_eq!(verdict(&again), Finding::Holds, "it was started again before its stop was in the log");
+        let before = [ran(50, 90), ran(95, 400)].concat();
+        assert!(matches!(verdict(&before), Finding::Broken(_)), "it has not stopped since it was charged as running");
         assert_eq!(check(&history, &[("c", &bill)], None), Finding::Holds, "a wall clock was set");
     }
 

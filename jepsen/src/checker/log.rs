@@ -40,6 +40,20 @@ pub fn matches(dumps: &[Dump]) -> Finding {
     Finding::Holds
 }
 
+/// Who takes an entry has voted in its term, or in a later one, and still knows it: it could vote twice otherwise.
+pub fn votes(dumps: &[Dump]) -> Finding {
+    let forgot = dumps.iter().find(|dump| dump.terms.1 < dump.terms.0);
+    if let Some(Dump { controller, terms: (entry, vote), .. }) = forgot {
+        return Finding::Broken(format!(
+            "{controller} has an entry of term {entry}, and its last vote is of term {vote}"
+        ));
+    }
+    match dumps.iter().any(|dump| dump.terms.0 > 0) {
+        true => Finding::Holds,
+        false => Finding::Undecided("no controller's disk has an entry".into()),
+    }
+}
+
 /// Equal index, equal hash of the state.
 pub fn states(dumps: &[Dump]) -> Finding {
     let mut seen: BTreeMap<u64, (&str, &str)> = BTreeMap::new();

@@ -26,6 +26,8 @@ pub struct Dump {
     pub purged: u64,
     pub last: u64,
     pub applied: u64,
+    /// The term of the last entry, and that of the last vote.
+    pub terms: (u64, u64),
     /// Each entry that the log still has, by index, as the tool prints it.
     pub entries: BTreeMap<u64, Value>,
     /// What each request that the state remembers came to: the index or the refusal that was answered.
@@ -87,11 +89,13 @@ impl Disks {
 fn read(name: &str, lines: &[Value]) -> Option<Dump> {
     let head = lines.first().filter(|line| line["kind"] == "controller")?;
     let index = |part: &str| head[part]["index"].as_u64().unwrap_or(0);
+    let term = |part: &str| head[part]["term"].as_u64().unwrap_or(0);
     let mut dump = Dump {
         controller: name.to_owned(),
         purged: index("purged"),
         last: index("last"),
         applied: index("applied"),
+        terms: (term("last"), term("vote")),
         hashes: hash(head).into_iter().collect(),
         ..Dump::default()
     };

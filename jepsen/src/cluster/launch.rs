@@ -16,7 +16,7 @@ use super::{Access, Cluster, Member, process::Process};
 /// In thousandths of a real host's: a guest starts in a tenth of a second.
 const SIMULATED_DELAY: &str = "100";
 /// Ports of controllers and agents on hosts of their own.
-const CONTROLLER_PORT: u16 = 7470;
+pub(super) const CONTROLLER_PORT: u16 = 7470;
 const AGENT_PORT: u16 = 7480;
 
 /// The released binary: `TREFOIL_BIN`, or beside the program that runs.

@@ -86,7 +86,8 @@ impl Process {
         self.signal(Signal::SIGCONT)
     }
 
-    /// SIGTERM, then SIGKILL when it is still there after the deadline. True when it left by itself.
+    /// SIGTERM, then SIGKILL when it is still there after the deadline. True when it left by itself, and not by a signal: an
+    /// abort on the way out is no end.
     ///
     /// # Errors
     /// When it cannot be waited for.
@@ -102,7 +103,7 @@ impl Process {
             }
             std::thread::sleep(LOOK_AGAIN);
         }
-        Ok(true)
+        Ok(self.ended().is_none_or(|status| status.signal().is_none()))
     }
 
     /// The state letter of `/proc/PID/stat`: R, S, D, T, Z.

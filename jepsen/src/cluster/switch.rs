@@ -4,11 +4,15 @@
 //! leaves it.
 
 use std::{
+    fs::File,
     io,
+    net::UdpSocket,
     process::{Command, Output},
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 use anyhow::{Context, bail};
+use nix::sched::{CloneFlags, setns};
 
 /// Inside the namespaces only.
 const PREFIX: &str = "10.78.0.";
@@ -17,6 +21,8 @@ const LOSS_PERCENT: u32 = 30;
 /// Less than a heartbeat's interval, so that nothing must fail by it.
 const DELAY: &str = "40ms";
 const DELAY_VARIATION: &str = "10ms";
+/// Of addresses, in each host's table.
+const SETS: [&str; 3] = ["deaf", "lossy", "streamless"];
 
 pub struct Switch {
     name: String,
@@ -51,7 +57,8 @@ impl Switch {
     /// # Errors
     /// When the kernel refuses; what was made is removed.
     pub fn new(hosts: usize) -> anyhow::Result<Self> {
-        let name = format!("tfj{}", std::process::id());
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("tfj{}n{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         let mut switch = Self { name: name.clone(), hosts: Vec::new() };
         run("ip", &["netns", "add", &name])?;
         run("ip", &["-n", &name, "link", "add", "br0", "type", "bridge", "forward_delay", "0", "stp_state", "0"])?;
@@ -101,6 +108,20 @@ impl Switch {
         Link { namespace: self.hosts[to].name.clone(), source: self.hosts[from].ip.clone() }
     }
 
+    /// From now on nothing goes between these hosts and those; at these first, each at one stroke, so that none of them hears
+    /// of what the others make of it.
+    ///
+    /// # Errors
+    /// When a rule cannot be changed.
+    pub fn part(&self, these: &[usize], those: &[usize]) -> anyhow::Result<()> {
+        let deaf = |host: &usize, to: &[usize]| {
+            let sources: Vec<&str> = to.iter().map(|from| self.ip(*from)).collect();
+            nft(&self.hosts[*host].name, &format!("add element inet jepsen deaf {{ {} }}", sources.join(", ")))
+        };
+        these.iter().try_for_each(|host| deaf(host, those))?;
+        those.iter().try_for_each(|host| deaf(host, these))
+    }
+
     /// Packets that all cuts and losses together have dropped since the switch was made.
     ///
     /// # Errors
@@ -124,7 +145,43 @@ impl Switch {
     pub fn heal(&self) -> anyhow::Result<()> {
         self.hosts
             .iter()
-            .try_for_each(|host| nft(&host.name, "flush set inet jepsen deaf\nflush set inet jepsen lossy"))
+            .try_for_each(|host| nft(&host.name, &SETS.map(|set| format!("flush set inet jepsen {set}\n")).concat()))
+    }
+
+    /// From now on what comes over the switch for one UDP port of a host comes to another one instead; who sent it sees its
+    /// answers come from the first.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn turn_port(&self, host: usize, port: u16, to: u16) -> anyhow::Result<()> {
+        nft(&self.hosts[host].name, &turned(port, to))
+    }
+
+    /// Why ports cannot be turned on this machine, if they cannot.
+    pub fn turn_obstacle() -> Option<String> {
+        Self::obstacle().or_else(|| {
+            let probe = format!("tfj{}t", std::process::id());
+            let made = run("ip", &["netns", "add", &probe]).and_then(|()| nft(&probe, &turned(1, 2)));
+            let _ = run("ip", &["netns", "del", &probe]);
+            made.err().map(|e| format!("{e:#}"))
+        })
+    }
+
+    /// A UDP socket of this process that is on a host; port 0 is any. It does not block.
+    ///
+    /// # Errors
+    /// When the host or the port is not to be had.
+    pub fn socket(&self, host: usize, port: u16) -> anyhow::Result<UdpSocket> {
+        let Host { name, ip } = &self.hosts[host];
+        let (path, address) = (format!("/var/run/netns/{name}"), (ip.clone(), port));
+        // A thread of its own goes there and ends; a socket stays where it was made.
+        let made = std::thread::spawn(move || -> anyhow::Result<UdpSocket> {
+            setns(File::open(path)?, CloneFlags::CLONE_NEWNET)?;
+            let socket = UdpSocket::bind((address.0.as_str(), address.1))?;
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        });
+        made.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?.with_context(|| format!("host {host}"))
     }
 
     /// Why packets cannot be delayed on this machine, if they cannot.
@@ -160,6 +217,14 @@ impl Link {
         nft(&self.namespace, &format!("add element inet jepsen deaf {{ {} }}", self.source))
     }
 
+    /// From now on no connection goes on; datagrams come as before.
+    ///
+    /// # Errors
+    /// When the rule cannot be changed.
+    pub fn cut_streams(&self) -> anyhow::Result<()> {
+        nft(&self.namespace, &format!("add element inet jepsen streamless {{ {} }}", self.source))
+    }
+
     /// From now on a part of the packets is lost.
     ///
     /// # Errors
@@ -176,9 +241,25 @@ impl Link {
         // Adding first makes the deletion of what is not there no error; both happen at once.
         let source = &self.source;
         let change = |verb: &str, set: &str| format!("{verb} element inet jepsen {set} {{ {source} }}\n");
-        let mended = ["deaf", "lossy"].map(|set| change("add", set) + &change("delete", set));
+        let mended = SETS.map(|set| change("add", set) + &change("delete", set));
         nft(&self.namespace, &mended.concat())
     }
+}
+
+/// Before anything else sees the packet, and after everything else has.
+fn turned(port: u16, to: u16) -> String {
+    format!(
+        "table inet turned {{
+           chain coming {{
+             type filter hook prerouting priority -300
+             iifname \"eth0\" udp dport {port} udp dport set {to}
+           }}
+           chain going {{
+             type filter hook output priority -300
+             oifname \"eth0\" udp sport {to} udp sport set {port}
+           }}
+         }}"
+    )
 }
 
 /// The counters are the evidence that something met the rule.
@@ -187,9 +268,11 @@ fn table() -> String {
         "table inet jepsen {{
            set deaf {{ type ipv4_addr; }}
            set lossy {{ type ipv4_addr; }}
+           set streamless {{ type ipv4_addr; }}
            chain input {{
              type filter hook input priority 0; policy accept;
              ip saddr @deaf counter drop
+             ip saddr @streamless meta l4proto tcp counter drop
              ip saddr @lossy numgen random mod 100 < {LOSS_PERCENT} counter drop
            }}
          }}"

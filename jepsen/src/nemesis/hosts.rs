@@ -10,7 +10,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::Proof;
+use super::{Proof, Scene};
 use crate::{
     chance::Chance,
     cluster::Cluster,
@@ -34,10 +34,13 @@ pub enum Harm {
     CutHost,
     /// Until it is given up; its guests end with it.
     CutPower,
+    /// It and the leader, from everybody else, until those have another leader, and that has given it up: the one that it
+    /// hears does not know that it leads no more.
+    CutWithLeader,
 }
 
 impl Harm {
-    pub const ALL: [Self; 4] = [Self::CutHost, Self::KillAgent, Self::CutPower, Self::StopAgent];
+    pub const ALL: [Self; 5] = [Self::CutHost, Self::CutWithLeader, Self::KillAgent, Self::CutPower, Self::StopAgent];
 }
 
 impl fmt::Display for Harm {
@@ -47,6 +50,7 @@ impl fmt::Display for Harm {
             Self::StopAgent => "stop agent",
             Self::CutHost => "cut host",
             Self::CutPower => "cut power",
+            Self::CutWithLeader => "cut host and leader",
         })
     }
 }
@@ -55,12 +59,23 @@ impl fmt::Display for Harm {
 pub struct Held {
     harm: Harm,
     agent: usize,
+    /// The controller that is cut off with it.
+    with: Option<usize>,
+    dropped_before: u64,
 }
 
 /// # Errors
 /// When the harness itself fails.
-pub fn begin(cluster: &mut Cluster, harm: Harm, proof: &mut Proof, chance: &mut Chance) -> anyhow::Result<Held> {
+pub fn begin(
+    cluster: &mut Cluster,
+    harm: Harm,
+    scene: &Scene,
+    proof: &mut Proof,
+    chance: &mut Chance,
+) -> anyhow::Result<Held> {
     let agent = busiest(cluster, chance)?;
+    let with = (harm == Harm::CutWithLeader).then_some(scene.leader);
+    let dropped_before = cluster.dropped()?;
     proof.must_write = true;
     match harm {
         Harm::KillAgent => {
@@ -76,9 +91,10 @@ pub fn begin(cluster: &mut Cluster, harm: Harm, proof: &mut Proof, chance: &mut 
             doubt_unless(cluster.pause_agent(agent)?, "the kernel did not show it as stopped", proof);
             proof.evidence = "state T".into();
         }
-        Harm::CutHost => cluster.cut_host(agent)?,
+        Harm::CutHost | Harm::CutWithLeader => cluster.cut_host(agent, with)?,
     }
-    Ok(Held { harm, agent })
+    proof.targets.extend(with);
+    Ok(Held { harm, agent, with, dropped_before })
 }
 
 impl Held {
@@ -93,7 +109,7 @@ impl Held {
     /// When the harness itself fails.
     pub async fn end(self, cluster: &mut Cluster, proof: &mut Proof) -> anyhow::Result<()> {
         if self.harm != Harm::KillAgent {
-            let lost = given_up(cluster, self.agent).await;
+            let lost = given_up(cluster, self.agent, self.with).await;
             doubt_unless(lost, "the host was never given up", proof);
             tokio::time::sleep(ELSEWHERE).await;
         }
@@ -101,8 +117,8 @@ impl Held {
             Harm::KillAgent => {}
             Harm::CutPower => cluster.restart_agent(self.agent)?,
             Harm::StopAgent => cluster.resume_agent(self.agent)?,
-            Harm::CutHost => {
-                let dropped = cluster.dropped()?;
+            Harm::CutHost | Harm::CutWithLeader => {
+                let dropped = cluster.dropped()? - self.dropped_before;
                 cluster.heal_links()?;
                 doubt_unless(dropped > 0, "no packet met the cut", proof);
                 proof.evidence = format!("{dropped} packets dropped");
@@ -121,10 +137,11 @@ fn doubt_unless(so: bool, why: &str, proof: &mut Proof) {
     }
 }
 
-async fn given_up(cluster: &Cluster, agent: usize) -> bool {
+/// Whether the quorum says so in time; one controller is not asked.
+async fn given_up(cluster: &Cluster, agent: usize, but: Option<usize>) -> bool {
     let deadline = Instant::now() + GIVEN_UP;
     while Instant::now() < deadline {
-        if cluster.host_state(agent).await == "lost" {
+        if cluster.host_state_but(agent, but).await == "lost" {
             return true;
         }
         tokio::time::sleep(LOOK_AGAIN).await;
@@ -133,7 +150,7 @@ async fn given_up(cluster: &Cluster, agent: usize) -> bool {
 }
 
 /// The host on which most guests run; among equals, or when none runs, one by chance.
-fn busiest(cluster: &Cluster, chance: &mut Chance) -> anyhow::Result<usize> {
+pub fn busiest(cluster: &Cluster, chance: &mut Chance) -> anyhow::Result<usize> {
     let spans = effect::spans(&effect::read(&cluster.effects(), 0)?);
     let on = |agent: usize| {
         let here = |span: &&Span| span.to == u64::MAX && span.host == cluster.agent_name(agent);

@@ -13,6 +13,7 @@ fn dump(controller: &str, entries: &[(u64, &str)], applied: u64) -> Dump {
         purged: entries[0].0 - 1,
         last: entries[entries.len() - 1].0,
         applied,
+        terms: (1, 1),
         entries: entries.iter().map(entry).collect(),
         requests: entries
             .iter()
@@ -47,6 +48,17 @@ fn disks_that_agree_hold() {
     let mut whole = dumps.clone();
     whole[1].requests.insert("r".into(), Outcome::Done(Some(3)));
     assert_eq!(acknowledged(&events, &whole), Finding::Holds, "b has it below where its log begins");
+}
+
+#[test]
+fn an_entry_of_a_term_in_which_no_vote_is_known_is_a_violation() {
+    let mut dumps = [dump("a", &[(3, "r")], 3), dump("b", &[(3, "r")], 3)];
+    assert_eq!(votes(&dumps), Finding::Holds);
+    dumps[1].terms = (1, 2);
+    assert_eq!(votes(&dumps), Finding::Holds, "it has voted since");
+    dumps[1].terms = (2, 1);
+    assert!(matches!(votes(&dumps), Finding::Broken(_)));
+    assert!(matches!(votes(&[]), Finding::Undecided(_)));
 }
 
 #[test]
