@@ -104,7 +104,7 @@ impl Trefoil for Service {
     async fn reboot_vm(&self, request: Request<proto::VmRef>) -> Answer<proto::Vm> {
         answer(self.vm_reboot(request).await)
     }
-    async fn back_up_vm(&self, request: Request<proto::VmRef>) -> Answer<proto::Vm> {
+    async fn back_up_vm(&self, request: Request<proto::BackUpVmRequest>) -> Answer<proto::Vm> {
         answer(self.vm_back_up(request).await)
     }
     async fn set_vm_backup(&self, request: Request<proto::SetVmBackupRequest>) -> Answer<proto::Vm> {

@@ -166,6 +166,7 @@ pub(crate) fn network(state: &State, network: &Network) -> proto::Network {
 
 pub(crate) fn image(state: &State, image: &Image) -> proto::Image {
     let good = image.replicas.iter().filter(|(_, replica)| **replica == ReplicaState::Good);
+    let chain: Vec<&Image> = state.chain(image).filter(|_| image.backup.is_some()).collect();
     proto::Image {
         id: image.id.to_string(),
         tenant: tenant_name(state, image.tenant),
@@ -184,6 +185,9 @@ pub(crate) fn image(state: &State, image: &Image) -> proto::Image {
         consistency: image.backup.map(|of| of.consistency.to_string()).unwrap_or_default(),
         rehearsal: image.rehearsal.as_ref().map(|rehearsal| rehearsal_of(state, rehearsal)),
         rehearsed: image.rehearsed.as_ref().map(rehearsed),
+        parent: chain.get(1).map(|parent| parent.name.clone()).unwrap_or_default(),
+        chain_length: u32::try_from(chain.len()).unwrap_or(u32::MAX),
+        chain_bytes: chain.iter().map(|link| link.size_bytes).sum(),
     }
 }
 
@@ -214,6 +218,7 @@ fn backups(state: &State, vm: &Vm) -> proto::VmBackups {
     proto::VmBackups {
         every_millis: vm.backups.every_millis,
         keep: vm.backups.keep,
+        full_every: vm.backups.full_every,
         asked: vm.backups.asked,
         answered: vm.backups.answered,
         reason: vm.backups.reason.clone(),

@@ -10,6 +10,7 @@ use crate::{
 };
 
 mod backup;
+mod chain;
 mod check;
 mod image;
 mod meter;
@@ -93,8 +94,12 @@ impl State {
             }
             C::SetVmPower { vm, wanted, stop_grace_millis } => self.set_vm_power(m, *vm, *wanted, *stop_grace_millis),
             C::SetVmRecovery { vm, recovery, priority } => self.set_vm_recovery(m, *vm, *recovery, *priority),
-            C::BackUpVm { vm } => self.back_up_vm(m, *vm),
-            C::SetVmBackup { vm, every_millis, keep } => self.set_vm_backup(m, *vm, *every_millis, *keep),
+            C::BackUpVm { vm, full } => self.back_up_vm(m, *vm, *full),
+            C::SetVmBackup { vm, every_millis, keep, full_every } => self.set_vm_backup(
+                m,
+                *vm,
+                backup::Schedule { every_millis: *every_millis, keep: *keep, full_every: *full_every },
+            ),
             C::RehearseBackup { image, limit_millis, expect } => self.rehearse_backup(m, *image, *limit_millis, expect),
             C::EndRehearsal { image } => self.end_rehearsal(m, *image),
             C::RebootVm { vm } => self.reboot_vm(m, *vm),

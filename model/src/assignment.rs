@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
+    fmt, iter,
     net::{IpAddr, Ipv4Addr},
 };
 
@@ -54,8 +54,8 @@ pub struct VmWish {
     /// What failed is left alone until the epoch or this changes.
     pub attempt: u32,
     pub power: Power,
-    /// The number of a backup that should be made.
-    pub backup: Option<u32>,
+    /// A backup that should be made.
+    pub backup: Option<BackupWish>,
     /// The other end of its move, when it should go from here or come to here.
     pub moves: Option<MoveEnd>,
     /// What the host does with it when its lease ends, and after it went down.
@@ -72,6 +72,14 @@ pub struct VmWish {
     pub nics: Vec<NicWish>,
     pub ssh_keys: Vec<String>,
     pub user_data: String,
+}
+
+/// A copy of its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupWish {
+    pub number: u32,
+    /// What was written since this backup is enough, where the host knows it. It need not: a full one is always right.
+    pub parent: Option<Digest>,
 }
 
 /// A backup to boot: no machine, and in no network.
@@ -118,6 +126,33 @@ pub struct ImageWish {
     pub virtual_bytes: u64,
     /// `host:port` of agents that hold a good replica, this host not among them.
     pub sources: Vec<String>,
+    /// Of an increment: what it stands on, the nearest first; the last is a full copy. Without them it cannot be opened.
+    pub parents: Vec<ParentWish>,
+}
+
+/// An image that another stands on. Its disk has the same length.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParentWish {
+    pub digest: Digest,
+    pub size_bytes: u64,
+    pub sources: Vec<String>,
+}
+
+impl ImageWish {
+    /// Its bytes and those that it stands on, the nearest first.
+    pub fn digests(&self) -> impl Iterator<Item = Digest> {
+        iter::once(self.digest).chain(self.parents.iter().map(|parent| parent.digest))
+    }
+
+    /// What must be fetched before all else of it, when not all is `held`: a parent comes before what stands on it.
+    pub fn first_missing(&self, held: impl Fn(Digest) -> bool) -> Option<Self> {
+        let parents = (0..self.parents.len()).rev().find(|at| !held(self.parents[*at].digest));
+        let missing = parents.map(|at| {
+            let ParentWish { digest, size_bytes, sources } = self.parents[at].clone();
+            Self { digest, size_bytes, sources, parents: self.parents[at + 1..].to_vec(), ..self.clone() }
+        });
+        missing.or_else(|| (!held(self.digest)).then(|| self.clone()))
+    }
 }
 
 /// One tenant network of which a machine is on this host.
@@ -168,8 +203,9 @@ impl fmt::Display for VmWish {
             let way = if self.power == Power::Arriving { "from" } else { "to" };
             write!(f, ", moves {way} {} for epoch {}", end.node, end.epoch)?;
         }
-        if let Some(number) = self.backup {
-            write!(f, ", backup {number}")?;
+        if let Some(backup) = self.backup {
+            write!(f, ", backup {}", backup.number)?;
+            backup.parent.map_or(Ok(()), |parent| write!(f, " since {:.8}", parent.to_string()))?;
         }
         write!(f, ", reboots {}, grace {} ms, from {}", self.reboots, self.stop_grace_millis, self.image)?;
         self.nics.iter().try_for_each(|nic| write!(f, ", {} {} in {}", nic.mac, nic.ip, nic.network))
@@ -193,6 +229,7 @@ impl fmt::Display for RehearsalWish {
 impl fmt::Display for ImageWish {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "image {:.8}", self.digest.to_string())?;
+        self.parents.iter().try_for_each(|parent| write!(f, " on {:.8}", parent.digest.to_string()))?;
         self.sources.iter().try_for_each(|source| write!(f, " source {source}"))
     }
 }
@@ -248,7 +285,11 @@ impl State {
             request: vm.request,
             attempt: vm.tries,
             power,
-            backup: vm.backups.pending().filter(|_| own),
+            backup: vm
+                .backups
+                .pending()
+                .filter(|_| own)
+                .map(|number| BackupWish { number, parent: self.next_parent(vm).map(|image| image.digest) }),
             moves,
             recovery: vm.recovery,
             stop_grace_millis: vm.stop_grace_millis,
@@ -278,13 +319,19 @@ impl State {
     }
 
     fn image_wish(&self, node: &Node, image: &Image) -> ImageWish {
-        let holders = image.replicas.iter().filter(|(id, state)| **id != node.id && **state == ReplicaState::Good);
+        let sources = |image: &Image| {
+            let holders = image.replicas.iter().filter(|(id, state)| **id != node.id && **state == ReplicaState::Good);
+            holders.filter_map(|(id, _)| self.nodes().get(id)).map(|holder| holder.address.clone()).collect()
+        };
+        let parent =
+            |image: &Image| ParentWish { digest: image.digest, size_bytes: image.size_bytes, sources: sources(image) };
         ImageWish {
             digest: image.digest,
             format: image.format,
             size_bytes: image.size_bytes,
             virtual_bytes: image.virtual_bytes,
-            sources: holders.filter_map(|(id, _)| self.nodes().get(id)).map(|holder| holder.address.clone()).collect(),
+            sources: sources(image),
+            parents: self.chain(image).skip(1).map(parent).collect(),
         }
     }
 
@@ -292,8 +339,13 @@ impl State {
     fn replica_wishes(&self, node: &Node) -> Vec<ImageWish> {
         let kept = self.index.images_by_node.get(&node.id).into_iter().flatten().filter_map(|id| self.images().get(id));
         let kept = kept.filter(|image| image.keepers().any(|keeper| keeper == node.id));
-        let by_digest: BTreeMap<Digest, ImageWish> =
-            kept.map(|image| (image.digest, self.image_wish(node, image))).collect();
+        let mut by_digest: BTreeMap<Digest, ImageWish> = BTreeMap::new();
+        for wish in kept.map(|image| self.image_wish(node, image)) {
+            // The same bytes may have been imported again by somebody, and then stand on nothing that is known.
+            if !wish.parents.is_empty() || !by_digest.contains_key(&wish.digest) {
+                by_digest.insert(wish.digest, wish);
+            }
+        }
         by_digest.into_values().collect()
     }
 

@@ -78,15 +78,18 @@ pub enum TenantCommand {
         wanted: Wanted,
         stop_grace_millis: u64,
     },
-    /// Copy its disk into an image while it runs.
+    /// Copy its disk into an image while it runs; with `full` all of it, whatever is known of earlier copies.
     BackUpVm {
         vm: VmId,
+        full: bool,
     },
-    /// How often it is backed up (0: on demand only) and how many backups are kept (0: all).
+    /// How often it is backed up (0: on demand only), how many backups are kept (0: all), and how many of them in a row
+    /// have one full one (0: as the cloud's setting says).
     SetVmBackup {
         vm: VmId,
         every_millis: u64,
         keep: u32,
+        full_every: u32,
     },
     /// Boot it again.
     RebootVm {
@@ -288,6 +291,8 @@ pub struct BackupMade {
     /// How long ago, when this was written, the disk was as it is in it.
     pub age_millis: u64,
     pub consistency: Consistency,
+    /// Of an increment: the backup that it stands on, by its bytes.
+    pub parent: Option<Digest>,
 }
 
 /// What became of a rehearsal.

@@ -17,6 +17,7 @@ pub const INVARIANTS: &[Invariant] = &[
     ("a machine without a node is nothing but failed", unplaced_have_no_phase),
     ("quotas are kept", quotas_are_kept),
     ("a machine is charged exactly while its host says it is there", meters_follow_phases),
+    ("a backup stands on an older one of the same machine, or on nothing", chains_are_whole),
     ("a machine in transition has a deadline or waits for a node", transitions_end),
     ("the charged spans of a resource do not overlap", lines_do_not_overlap),
 ];
@@ -130,6 +131,18 @@ fn meters_follow_phases(state: &State) -> Result<(), String> {
         let charged = there && !vm.ghost && vm.wanted != Wanted::Deleted;
         if state.meters().contains(&crate::Resource::Vm(vm.id)) != charged {
             return Err(format!("{} is {:?} and {}charged", vm.id, vm.phase, if charged { "not " } else { "" }));
+        }
+    }
+    Ok(())
+}
+
+fn chains_are_whole(state: &State) -> Result<(), String> {
+    for image in state.images().values() {
+        let Some((of, id)) = image.backup.and_then(|of| Some((of, of.parent?))) else { continue };
+        let parent = state.images().get(&id).ok_or_else(|| format!("{} stands on {id}, which is gone", image.id))?;
+        let fits = parent.backup.is_some_and(|parent| parent.vm == of.vm);
+        if !fits || parent.id >= image.id || parent.virtual_bytes != image.virtual_bytes {
+            return Err(format!("{} stands on {id}, which is no older copy of its disk", image.id));
         }
     }
     Ok(())

@@ -30,7 +30,7 @@ pub mod telemetry;
 pub mod value;
 
 pub use apply::Applied;
-pub use assignment::{Assignment, ImageWish, MoveEnd, NetworkWish, NicWish, Power, VmWish};
+pub use assignment::{Assignment, BackupWish, ImageWish, MoveEnd, NetworkWish, NicWish, Power, VmWish};
 pub use command::{
     Actor, Command, Entry, NodeCommand, Noun, OperatorCommand, PlannerCommand, Rejection, Reply, Request, TenantCommand,
 };

@@ -229,6 +229,8 @@ pub struct BackupOf {
     pub vm: VmId,
     pub taken_at: Timestamp,
     pub consistency: Consistency,
+    /// The earlier backup of the machine that it stands on: it holds what was written since. `None`: it is a full one.
+    pub parent: Option<ImageId>,
 }
 
 /// What a guest finds on a disk that was made from a backup.

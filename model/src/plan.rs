@@ -152,8 +152,8 @@ fn share(part: u64, whole: u64) -> u64 {
     u64::try_from(u128::from(part) * 1000 / u128::from(whole.max(1))).unwrap_or(u64::MAX)
 }
 
-/// Another copy of each image that has too few, on the node with the most free disk. One that lost its copy comes
-/// after all others, and not before its pause is over.
+/// Another copy of each image that has too few, on a node that has what it stands on, then on that with the most free
+/// disk. One that lost its copy comes after all others, and not before its pause is over.
 fn replicate(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<PlannerCommand> {
     let judge = |id: &ImageId| {
         let image = state.images().get(id)?;
@@ -161,13 +161,16 @@ fn replicate(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Planne
             *replica == ReplicaState::Good && state.nodes().get(node).is_some_and(|node| node.state == NodeState::Up)
         };
         image.replicas.iter().any(sound).then_some(())?;
-        let rank = |node: &Node| match image.replicas.get(&node.id) {
-            _ if node.state != NodeState::Up => None,
-            None => Some((true, free_disk(telemetry, node), std::cmp::Reverse(node.id))),
-            Some(ReplicaState::Lost(at)) if now.millis_since(*at) >= REPLICA_PAUSE_MILLIS => {
-                Some((false, free_disk(telemetry, node), std::cmp::Reverse(node.id)))
+        let parent = image.backup.and_then(|of| state.images().get(&of.parent?));
+        let rank = |node: &Node| {
+            let beside = parent.is_none_or(|parent| parent.keepers().any(|keeper| keeper == node.id));
+            let rank = |first| Some((first, beside, free_disk(telemetry, node), std::cmp::Reverse(node.id)));
+            match image.replicas.get(&node.id) {
+                _ if node.state != NodeState::Up => None,
+                None => rank(true),
+                Some(ReplicaState::Lost(at)) if now.millis_since(*at) >= REPLICA_PAUSE_MILLIS => rank(false),
+                Some(_) => None,
             }
-            Some(_) => None,
         };
         let (.., std::cmp::Reverse(node)) = state.nodes().values().filter_map(rank).max()?;
         Some(PlannerCommand::AddReplica { image: *id, node })

@@ -23,6 +23,7 @@ pub const OVERCOMMIT_CPU: &str = "overcommit-cpu-permille";
 pub const OVERCOMMIT_MEMORY: &str = "overcommit-memory-permille";
 pub const OVERCOMMIT_DISK: &str = "overcommit-disk-permille";
 pub const IMAGE_REPLICAS: &str = "image-replicas";
+pub const BACKUP_FULL_EVERY: &str = "backup-full-every";
 pub const BILL_RUNNING: &str = "bill-running-permille";
 pub const BILL_SUSPENDED: &str = "bill-suspended-permille";
 pub const BILL_STOPPED: &str = "bill-stopped-permille";
@@ -43,6 +44,9 @@ pub const TENANT_TAGS: &str = "tenant-tags";
 pub const REQUEST_MEMORY: &str = "request-memory-millis";
 pub const REQUEST_COUNT: &str = "request-memory-count";
 
+/// A guest's QEMU holds each file of a chain open, and looks through all of them for what was never written.
+pub const MOST_FULL_EVERY: u64 = 32;
+
 pub const SETTINGS: &[Setting] = &[
     setting(WEIGHT_CPU, 1, 0, 1000, "how much used CPU counts when the idlest node is chosen"),
     setting(WEIGHT_MEMORY, 1, 0, 1000, "how much used memory counts when the idlest node is chosen"),
@@ -51,6 +55,13 @@ pub const SETTINGS: &[Setting] = &[
     setting(OVERCOMMIT_MEMORY, 1000, 100, 4000, "memory that may be promised, in thousandths of the node's memory"),
     setting(OVERCOMMIT_DISK, 2000, 100, 16_000, "disk that may be promised, in thousandths of the node's disk"),
     setting(IMAGE_REPLICAS, 2, 1, 9, "copies of a new image, or one a node when there are fewer nodes"),
+    setting(
+        BACKUP_FULL_EVERY,
+        7,
+        1,
+        MOST_FULL_EVERY,
+        "one of so many backups of a machine is a full one, those between hold what was written since; 1: all are full",
+    ),
     setting(BILL_RUNNING, 1000, 0, 10_000, "weight of a running machine, in thousandths of its template's"),
     setting(BILL_SUSPENDED, 500, 0, 10_000, "weight of a suspended machine, in thousandths of its template's"),
     setting(BILL_STOPPED, 100, 0, 10_000, "weight of a stopped machine, in thousandths of its template's"),

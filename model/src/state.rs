@@ -378,6 +378,7 @@ impl State {
         self.index.thin_images.remove(&id);
         if let Some(of) = row.backup {
             forget(&mut self.index.backups_by_vm, of.vm, id);
+            of.parent.iter().for_each(|parent| forget(&mut self.index.increments, *parent, id));
         }
         self.index.usage.entry(row.tenant).or_default().image_bytes -= row.size_bytes;
         self.index.settle_usage(row.tenant);

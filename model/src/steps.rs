@@ -29,12 +29,13 @@ use std::{
 };
 
 use crate::{
-    Assignment, Digest, ImageId, Phase, Power, Recovery, VmId, VmWish,
+    Assignment, Digest, ImageId, ImageWish, Phase, Power, Recovery, VmId, VmWish,
     command::{BackupReport, ImageReport, MoveReport, RehearsalReport, VmReport},
 };
 
 pub use step::{Step, Subject};
 
+mod backup;
 mod moving;
 mod rehearsal;
 mod step;
@@ -200,7 +201,7 @@ pub fn steps(wish: &Assignment, found: &Observed) -> Vec<Step> {
         }
         machine(wish.generation, vm, found, &mut out);
         moving::departure(wish.generation, vm, found, &mut out);
-        backup(wish.generation, vm, found, &mut out);
+        backup::backup(wish.generation, vm, found, &mut out);
     }
     rehearsal::rehearsals(wish, found, &mut out);
     leftovers(wish, found, &mut out);
@@ -257,6 +258,15 @@ impl Observed {
         memory.existed || !(memory.begun || made)
     }
 
+    /// All of it is here, and what it stands on.
+    pub fn holds(&self, image: &ImageWish) -> bool {
+        image.digests().all(|digest| self.images.contains_key(&digest))
+    }
+
+    fn first_missing(&self, image: &ImageWish) -> Option<ImageWish> {
+        image.first_missing(|digest| self.images.contains_key(&digest))
+    }
+
     fn guest(&self, wish: &VmWish) -> Option<FoundGuest> {
         self.guests.get(&wish.vm).copied()
     }
@@ -275,8 +285,7 @@ impl Observed {
         let up =
             self.guest(wish).is_some_and(|guest| matches!(guest.power, FoundPower::Running | FoundPower::Suspended));
         let starts = !up && matches!(wish.power, Power::Running | Power::Suspended | Power::Arriving);
-        let no_image = starts && !self.images.contains_key(&wish.image.digest);
-        let image = no_image.then_some(Subject::Image(wish.image.digest));
+        let image = self.first_missing(&wish.image).filter(|_| starts).map(|image| Subject::Image(image.digest));
         let networks = wish.nics.iter().filter(|nic| starts && self.networks.get(&nic.vni) != Some(&true));
         iter::once(Subject::Vm(wish.vm))
             .chain(image)
@@ -310,10 +319,9 @@ fn fetches(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
     let mut asked = BTreeSet::new();
     let rehearsed = wish.rehearsals.iter().map(|rehearsal| &rehearsal.base);
     for image in wish.images.iter().chain(bases.map(|vm| &vm.image)).chain(rehearsed) {
-        let missing = !found.images.contains_key(&image.digest) && asked.insert(image.digest);
-        if missing && found.may_try(Subject::Image(image.digest), wish.generation) {
-            out.push(Step::FetchImage(image.clone()));
-        }
+        let missing = found.first_missing(image).filter(|image| asked.insert(image.digest));
+        let may_try = |image: &ImageWish| found.may_try(Subject::Image(image.digest), wish.generation);
+        out.extend(missing.filter(may_try).map(Step::FetchImage));
     }
 }
 
@@ -394,7 +402,7 @@ fn stop(wish: &VmWish, power: FoundPower, memory: Memory, now_millis: u64) -> Ne
 }
 
 fn start(wish: &VmWish, found: &Observed, memory: Memory, after_crash: bool) -> Next {
-    if !found.images.contains_key(&wish.image.digest) {
+    if !found.holds(&wish.image) {
         return Next::Wait;
     }
     if !memory.disk_made {
@@ -427,23 +435,6 @@ fn keep_on(wish: &VmWish, power: FoundPower, found: &Observed, memory: Memory) -
     }
 }
 
-/// A copy of the disk of a machine that is here, on or off, once for each number. A copy that failed is told as well: the
-/// quorum decides about another.
-fn backup(generation: u64, wish: &VmWish, found: &Observed, out: &mut Vec<Step>) {
-    let Some(number) = wish.backup else { return };
-    let made = found.backups.get(&wish.vm).filter(|made| (made.epoch, made.number) == (wish.epoch, number));
-    match made {
-        Some(made) if found.told_backups.get(&wish.vm) != Some(&number) => out.push(Step::ReportBackup(made.clone())),
-        Some(_) => {}
-        None => {
-            let here = found.guest(wish).is_some_and(|guest| guest.epoch == wish.epoch);
-            if here && wish.power != Power::Absent && found.may_try(Subject::Backup(wish.vm), generation) {
-                out.push(Step::BackUp { vm: wish.vm, number });
-            }
-        }
-    }
-}
-
 /// What is here and in no wish. Networks go last: a guest that is still here may be plugged into one of them.
 fn leftovers(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
     let wished: BTreeMap<VmId, &VmWish> = wish.vms.iter().map(|vm| (vm.vm, vm)).collect();
@@ -464,9 +455,10 @@ fn leftovers(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
             out.push(Step::RemoveNetwork(*vni));
         }
     }
-    let bases = wish.vms.iter().map(|vm| vm.image.digest);
-    let rehearsed = wish.rehearsals.iter().map(|rehearsal| rehearsal.base.digest);
-    let kept: BTreeSet<Digest> = wish.images.iter().map(|image| image.digest).chain(bases).chain(rehearsed).collect();
+    let bases = wish.vms.iter().map(|vm| &vm.image);
+    let rehearsed = wish.rehearsals.iter().map(|rehearsal| &rehearsal.base);
+    let kept: BTreeSet<Digest> =
+        wish.images.iter().chain(bases).chain(rehearsed).flat_map(ImageWish::digests).collect();
     for (digest, idle_millis) in &found.images {
         let wanted =
             kept.contains(digest) || found.pinned_images.contains(digest) || !all_wanted || wish.spared.is_some();
@@ -479,11 +471,12 @@ fn leftovers(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
 fn image_reports(wish: &Assignment, found: &Observed, out: &mut Vec<Step>) {
     for image in &wish.images {
         let told = found.told_images.get(&image.digest).copied();
-        let given_up = found.failures.get(&Subject::Image(image.digest)).is_some_and(Failure::is_news);
+        let given_up = |digest| found.failures.get(&Subject::Image(digest)).is_some_and(Failure::is_news);
         let news = match found.images.contains_key(&image.digest) {
-            true => (told != Some(true)).then_some(true),
+            // It is of use once all that it stands on is here as well; that something of this is lost is told of that.
+            true => (told != Some(true) && found.holds(image)).then_some(true),
             // Not held yet is no news; lost, or not to be had, is.
-            false => (told == Some(true) || (told.is_none() && given_up)).then_some(false),
+            false => (told == Some(true) || (told.is_none() && image.digests().any(given_up))).then_some(false),
         };
         if let Some(good) = news {
             out.push(Step::ReportImage(ImageReport { digest: image.digest, good }));

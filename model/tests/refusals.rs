@@ -6,6 +6,8 @@ use model::{
     *,
 };
 
+#[path = "refusals/chains.rs"]
+mod chains;
 #[path = "refusals/moves.rs"]
 mod moves;
 
@@ -70,7 +72,8 @@ impl Cloud {
         let actor = match &command {
             Command::Planner(_) => Actor::System,
             Command::Node(NodeCommand::Attach { node, .. } | NodeCommand::ReportVms { node, .. })
-            | Command::Node(NodeCommand::ReportMoves { node, .. }) => Actor::Node(*node),
+            | Command::Node(NodeCommand::ReportMoves { node, .. } | NodeCommand::ReportBackups { node, .. })
+            | Command::Node(NodeCommand::ReportImages { node, .. }) => Actor::Node(*node),
             _ => Actor::User { name: "root".into(), role: Role::Operator },
         };
         self.index += 1;

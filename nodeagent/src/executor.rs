@@ -179,7 +179,7 @@ impl Executor {
         }
         self.moves.call_back(&new);
         for image in new.images.iter().filter(|image| !self.told_images.contains_key(&image.digest)) {
-            self.failures.remove(&Subject::Image(image.digest));
+            image.digests().for_each(|digest| drop(self.failures.remove(&Subject::Image(digest))));
         }
         let wished: BTreeSet<Digest> = new.images.iter().map(|image| image.digest).collect();
         self.told_images.retain(|digest, _| wished.contains(digest));
@@ -194,7 +194,7 @@ impl Executor {
     /// It is asked for anew: what failed before does not count against it.
     fn forgive(&mut self, wish: &VmWish) {
         self.failures.remove(&Subject::Vm(wish.vm));
-        self.failures.remove(&Subject::Image(wish.image.digest));
+        wish.image.digests().for_each(|digest| drop(self.failures.remove(&Subject::Image(digest))));
         for nic in &wish.nics {
             self.failures.remove(&Subject::Network(nic.vni));
         }
@@ -404,7 +404,7 @@ impl Executor {
         self.busy.remove(&subject);
         let not_now = result.as_ref().is_err_and(|fault| fault.kind == FaultKind::NotNow);
         match step {
-            Step::BackUp { vm, number } if !not_now => {
+            Step::BackUp { vm, number, .. } if !not_now => {
                 self.note_backup(vm, number, result);
                 return Ok(());
             }

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use model::{Capacity, Consistency, HypervisorKind, ImageFormat, Mac, NetworkId, VmId, telemetry::NodeStatus};
+use model::{Capacity, Consistency, Digest, HypervisorKind, ImageFormat, Mac, NetworkId, VmId, telemetry::NodeStatus};
 
 use crate::lease::Permit;
 use job::Job;
@@ -20,6 +20,7 @@ pub mod job;
 pub mod libvirt;
 pub mod migration;
 pub mod moved_xml;
+pub mod qcow2;
 pub mod qemu_process;
 pub mod quarantine;
 pub mod rehearsal;
@@ -40,6 +41,8 @@ pub struct GuestSpec {
     /// The verified base image in this host's store, and what it is.
     pub base: PathBuf,
     pub base_format: ImageFormat,
+    /// Of a base that is an increment: what it stands on, the nearest first; verified, and beside it.
+    pub base_parents: Vec<Digest>,
     pub base_virtual_bytes: u64,
     pub nics: Vec<GuestNic>,
     pub ssh_keys: Vec<String>,
@@ -99,7 +102,14 @@ pub struct GuestUsage {
     pub tx_bytes: u64,
 }
 
-/// A guest's disk as it was at one moment: a qcow2 file that stands alone.
+/// A backup that an increment may be made of: in this host's store, with all that it stands on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parent {
+    pub digest: Digest,
+    pub file: PathBuf,
+}
+
+/// A guest's disk as it was at one moment: a qcow2 file that stands alone, or on its parent's, which it names by digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backup {
     /// In the guest's folder; for the caller to move away. The next backup replaces it.
@@ -108,6 +118,8 @@ pub struct Backup {
     /// Size of the disk that the guest sees.
     pub virtual_bytes: u64,
     pub consistency: Consistency,
+    /// Of an increment: it holds what was written since this one.
+    pub parent: Option<Digest>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -165,8 +177,11 @@ pub trait Hypervisor: Send + Sync {
     fn remove(&self, vm: VmId) -> Result<()>;
     /// Copy a guest's disk as it is at one moment, while it goes on. Its file systems are frozen for that moment when its
     /// guest agent answers. Off, it is copied as it lies there. Whatever an earlier backup left that was cut short is
-    /// cleared away first. Refused while it arrives.
-    fn back_up(&self, vm: VmId, job: &Job) -> Result<Backup>;
+    /// cleared away first. Refused while it arrives. Only what was written since `parent`, when the hypervisor knows that:
+    /// it often does not, and copies all.
+    fn back_up(&self, vm: VmId, parent: Option<&Parent>, job: &Job) -> Result<Backup>;
+    /// The bytes of the last backup have this digest: the next may be an increment of it.
+    fn backed_up(&self, vm: VmId, digest: Digest) -> Result<()>;
     /// Boot a copy of a disk apart from everything, watch it until it is known whether it comes up, and leave nothing of
     /// it, whatever came of it. It is no guest: `guests` does not tell of it. An error says nothing about the disk.
     fn rehearse(&self, rehearsal: &Rehearsal, job: &Job) -> Result<Rehearsed>;

@@ -92,9 +92,9 @@ fn a_backup_of_a_running_guest_boots_and_holds_what_was_synced() {
     h.start(&spec).unwrap();
     let console = |vm| String::from_utf8_lossy(&h.console_log(vm, 1 << 20).unwrap()).into_owned();
     wait("the guest has written", || console(VmId(1)).contains("word written"));
-    let mut backup = h.back_up(VmId(1), &Job::new(PATIENCE)).unwrap();
+    let mut backup = h.back_up(VmId(1), None, &Job::new(PATIENCE)).unwrap();
     wait("the guest's agent answers", || {
-        backup = h.back_up(VmId(1), &Job::new(PATIENCE)).unwrap();
+        backup = h.back_up(VmId(1), None, &Job::new(PATIENCE)).unwrap();
         backup.consistency == Consistency::Frozen
     });
     println!("{backup:?}");
@@ -138,7 +138,7 @@ fn a_backup_whose_agent_and_libvirtd_died_is_in_nobodys_way() {
     // As an agent leaves it that was killed in the middle: the job runs on in QEMU.
     let part = host.agent_dir().join("vms/vm-1/backup.part");
     let xml = host.dir.path().join("backup.xml");
-    std::fs::write(&xml, backup_xml(&part)).unwrap();
+    std::fs::write(&xml, backup_xml(&part, None)).unwrap();
     let virsh = |words: &[&str]| {
         let done = Command::new("virsh").args(["-q", "-c", &host.uri()]).args(words).output().unwrap();
         assert!(done.status.success(), "{words:?}: {done:?}");
@@ -154,7 +154,7 @@ fn a_backup_whose_agent_and_libvirtd_died_is_in_nobodys_way() {
     assert_eq!(powers(&next), [GuestPower::Running]);
     assert!(!part.exists(), "the next agent's first look clears it away");
     assert!(virsh(&["domjobinfo", &name]).contains("None"), "and its job");
-    next.back_up(VmId(1), &Job::new(PATIENCE)).unwrap();
+    next.back_up(VmId(1), None, &Job::new(PATIENCE)).unwrap();
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use api::{
     client::new_request_id,
     proto::{
-        Bill, CreateTenantRequest, CreateVmRequest, DeleteVmRequest, GetBillRequest, ListRequest, Quota, Template,
+        Bill, CreateTenantRequest, CreateVmRequest, DeleteVmRequest, GetBillRequest, ListRequest, Quota, Template, Vm,
     },
 };
 use tests::stage::{Stage, Stub, TENANT, until};
@@ -164,7 +164,7 @@ async fn a_machine_of_a_lost_host_is_made_from_its_last_backup() {
     let mut stage = Stage::furnished(2).await;
     stage.create_vm("web", "tiny").await.unwrap();
     let before = stage.vm_is("web", "running").await;
-    assert_eq!(before.backups.unwrap().safe_at_millis, 0, "nothing is safe yet");
+    assert_eq!(before.backups.as_ref().unwrap().safe_at_millis, 0, "nothing is safe yet");
     stage.trefoil_ok(&["backup", "create", "web", "--wait"]);
     until("the backup is on another host", async || {
         let backups = stage.vm("web").await.map_err(|error| error.to_string())?.backups.unwrap_or_default();
@@ -174,21 +174,80 @@ async fn a_machine_of_a_lost_host_is_made_from_its_last_backup() {
     let listed = stage.trefoil_ok(&["backup", "list", "--vm", "web"]);
     assert_eq!((listed.as_array().map(Vec::len), &listed[0]["backup_of"]), (Some(1), &before.id.as_str().into()));
 
-    let host = (0..2).find(|host| format!("host-{}", host + 1) == before.node).expect("the host has a name");
-    assert!(stage.cluster.kill_agent(host).unwrap());
-    until("it runs on the other host", async || match stage.vm("web").await {
-        Ok(vm) if vm.status == "running" && vm.node != before.node => Ok(()),
-        Ok(vm) => Err(format!("{} on {}: {}", vm.status, vm.node, vm.reason)),
-        Err(error) => Err(error.to_string()),
-    })
-    .await;
-    let after = stage.vm("web").await.unwrap();
+    let after = made_again_elsewhere(&mut stage, &before).await;
     assert_eq!(after.backups.unwrap().restored_from, listed[0]["name"].as_str().unwrap());
     assert_eq!(after.loss.unwrap().data_from_millis, listed[0]["taken_at_millis"].as_u64().unwrap());
     let name = listed[0]["name"].as_str().unwrap();
     stage.trefoil_ok(&["backup", "restore", name, "copy", "--template", "tiny", "--network", "blue"]);
     stage.vm_is("copy", "running").await;
     stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn increments_stand_on_a_full_backup_and_a_lost_machine_is_made_from_the_newest() {
+    let mut stage = Stage::furnished(2).await;
+    stage.create_vm("web", "tiny").await.unwrap();
+    let before = stage.vm_is("web", "running").await;
+    for _ in 0..3 {
+        stage.trefoil_ok(&["backup", "create", "web", "--wait"]);
+    }
+    let listed = stage.trefoil_ok(&["backup", "list", "--vm", "web"]);
+    let told = |at: usize| {
+        let (parent, links) = (&listed[at]["parent"], &listed[at]["chain_length"]);
+        (parent.as_str().unwrap_or_default().to_owned(), links.as_u64().unwrap())
+    };
+    let name = |at: usize| listed[at]["name"].as_str().unwrap().to_owned();
+    assert_eq!([told(0), told(1), told(2)], [(String::new(), 1), (name(0), 2), (name(1), 3)]);
+    let bytes = |at: usize, key: &str| listed[at][key].as_u64().unwrap();
+    let sum: u64 = (0..3).map(|at| bytes(at, "size_bytes")).sum();
+    assert_eq!(bytes(2, "chain_bytes"), sum, "all that it takes");
+
+    let refused = |arguments: &[&str], code: &str, words: &str| {
+        let said = String::from_utf8_lossy(&stage.trefoil(arguments).stderr).into_owned();
+        assert!(said.contains(code) && said.contains(words), "{arguments:?}: {said}");
+    };
+    refused(
+        &["image", "delete", &name(0), "--output", "json"],
+        "\"in-use\"",
+        &format!("backup {} stands on it", name(1)),
+    );
+    let copy = stage.folder().join("copy.qcow2").display().to_string();
+    refused(&["image", "export", &name(2), &copy, "--output", "json"], "\"precondition\"", &name(0));
+    stage.trefoil_ok(&["image", "export", &name(0), &copy]);
+
+    until("the newest and all that it stands on are on the other host", async || {
+        let backups = stage.vm("web").await.map_err(|error| error.to_string())?.backups.unwrap_or_default();
+        if backups.safe_image == name(2) { Ok(()) } else { Err(format!("{backups:?}")) }
+    })
+    .await;
+    let after = made_again_elsewhere(&mut stage, &before).await;
+    assert_eq!(after.backups.unwrap().restored_from, name(2));
+    assert_eq!(after.loss.unwrap().data_from_millis, listed[2]["taken_at_millis"].as_u64().unwrap());
+
+    // Nobody knows what it wrote over there; and the next was asked for as a full one.
+    stage.trefoil_ok(&["backup", "create", "web", "--wait"]);
+    stage.trefoil_ok(&["backup", "create", "web", "--full", "--wait"]);
+    stage.trefoil_ok(&["backup", "create", "web", "--wait"]);
+    stage.trefoil_ok(&["backup", "schedule", "web", "--every", "24h", "--full-every", "2"]);
+    stage.trefoil_ok(&["backup", "create", "web", "--wait"]);
+    let listed = stage.trefoil_ok(&["backup", "list", "--vm", "web"]);
+    let links: Vec<u64> =
+        listed.as_array().unwrap().iter().map(|image| image["chain_length"].as_u64().unwrap()).collect();
+    assert_eq!(links, [1, 2, 3, 1, 1, 2, 1]);
+    stage.strike().await;
+}
+
+/// Its host ends, and it runs on the other of two.
+async fn made_again_elsewhere(stage: &mut Stage, before: &Vm) -> Vm {
+    let host = (0..2).find(|host| format!("host-{}", host + 1) == before.node).expect("the host has a name");
+    assert!(stage.cluster.kill_agent(host).unwrap());
+    until("it runs on the other host", async || match stage.vm(&before.name).await {
+        Ok(vm) if vm.status == "running" && vm.node != before.node => Ok(()),
+        Ok(vm) => Err(format!("{} on {}: {}", vm.status, vm.node, vm.reason)),
+        Err(error) => Err(error.to_string()),
+    })
+    .await;
+    stage.vm(&before.name).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

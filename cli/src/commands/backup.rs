@@ -1,11 +1,13 @@
 //! `trefoil backup`: copies of machines' disks, and machines that are made from them. A backup is an image like any
-//! other, so `trefoil image` shows, exports and deletes it as well.
+//! other, so `trefoil image` shows, exports (a full one) and deletes it as well.
 
 use std::time::Duration;
 
 use api::{
     error::ApiError,
-    proto::{CreateVmRequest, GetVmRequest, Image, RehearseBackupRequest, Rehearsed, SetVmBackupRequest, VmRef},
+    proto::{
+        BackUpVmRequest, CreateVmRequest, GetVmRequest, Image, RehearseBackupRequest, Rehearsed, SetVmBackupRequest,
+    },
 };
 use clap::Subcommand;
 use tokio::time::{Instant, sleep};
@@ -21,11 +23,14 @@ use crate::{
 
 #[derive(Debug, Subcommand)]
 pub enum BackupCommand {
-    /// Copies a machine's disk into an image while it runs
-    #[command(after_help = "Example:\n  trefoil backup create web")]
+    /// Copies a machine's disk into an image while it runs: what was written since its last backup, where that is known
+    #[command(after_help = "Examples:\n  trefoil backup create web\n  trefoil backup create web --full")]
     Create {
         /// Name or id of the machine
         vm: String,
+        /// All of the disk, into a file that stands alone
+        #[arg(long)]
+        full: bool,
         #[command(flatten)]
         wait: WaitArgs,
     },
@@ -74,9 +79,9 @@ pub enum BackupCommand {
         #[command(flatten)]
         wait: WaitArgs,
     },
-    /// Says how often a machine is backed up and how many backups are kept
+    /// Says how often a machine is backed up, how many backups are kept and how many of them are full ones
     #[command(
-        after_help = "Example:\n  trefoil backup schedule web --every 24h --keep 7\n  trefoil backup schedule web --off"
+        after_help = "Example:\n  trefoil backup schedule web --every 24h --keep 7 --full-every 7\n  trefoil backup schedule web --off"
     )]
     Schedule {
         /// Name or id of the machine
@@ -84,9 +89,12 @@ pub enum BackupCommand {
         /// How often, such as 6h
         #[arg(long, value_name = "TIME", value_parser = duration, required_unless_present = "off", conflicts_with = "off")]
         every: Option<Duration>,
-        /// The newest so many are kept once they are on another node; 0 keeps all
+        /// The newest so many are kept once they are on another node, and what they stand on; 0 keeps all
         #[arg(long, default_value_t = 0)]
         keep: u32,
+        /// One of so many in a row is a full one, 1 to 32; 0: as the setting backup-full-every says
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        full_every: u32,
         /// On demand only
         #[arg(long)]
         off: bool,
@@ -96,8 +104,8 @@ pub enum BackupCommand {
 pub async fn run(command: BackupCommand, context: &Context) -> Result<(), ApiError> {
     let tenant = context.tenant.clone();
     match command {
-        BackupCommand::Create { vm, wait } => {
-            let vm = change!(context, back_up_vm, VmRef { tenant, vm })?;
+        BackupCommand::Create { vm, full, wait } => {
+            let vm = change!(context, back_up_vm, BackUpVmRequest { tenant, vm, full })?;
             let number = vm.backups.as_ref().map_or(0, |backups| backups.asked);
             follow(vm, Goal::BackedUp(number), &wait, context).await
         }
@@ -123,9 +131,10 @@ pub async fn run(command: BackupCommand, context: &Context) -> Result<(), ApiErr
             let image = if wait.wanted(context) { rehearsed(image, &wait, context).await? } else { image };
             context.print(&image, || format!("{}: {}", image.name, rehearsal(&image)))
         }
-        BackupCommand::Schedule { vm, every, keep, off: _ } => {
+        BackupCommand::Schedule { vm, every, keep, full_every, off: _ } => {
             let every_millis = every.map_or(0, |every| u64::try_from(every.as_millis()).unwrap_or(u64::MAX));
-            let vm = change!(context, set_vm_backup, SetVmBackupRequest { tenant, vm, every_millis, keep })?;
+            let body = SetVmBackupRequest { tenant, vm, every_millis, keep, full_every };
+            let vm = change!(context, set_vm_backup, body)?;
             context.print(&vm, || match every_millis {
                 0 => format!("{} is backed up on demand only", vm.name),
                 _ => {
@@ -218,6 +227,14 @@ async fn list(vm: Option<String>, context: &Context) -> Result<(), ApiError> {
     context.print(&images, || table(&images).render(None))
 }
 
+/// `full`, or `3 on backup-vm-3-11, 120 MiB`: how many images it takes, what it stands on, and the bytes of all.
+fn chain(image: &Image) -> String {
+    match image.parent.as_str() {
+        "" => "full".into(),
+        parent => format!("{} on {parent}, {}", image.chain_length, size_text(image.chain_bytes)),
+    }
+}
+
 fn table(images: &[Image]) -> Rows {
     let row = |image: &Image| {
         vec![
@@ -226,12 +243,13 @@ fn table(images: &[Image]) -> Rows {
             moment_text(image.taken_at_millis),
             image.consistency.clone(),
             size_text(image.size_bytes),
+            chain(image),
             format!("{}/{}", image.replicas.len(), image.wanted_replicas),
             image.replicas.join(" "),
             in_short(image),
         ]
     };
-    let header = &["BACKUP", "OF", "TAKEN AT", "CONSISTENCY", ">SIZE", ">COPIES", "NODES", "REHEARSED"];
+    let header = &["BACKUP", "OF", "TAKEN AT", "CONSISTENCY", ">SIZE", "CHAIN", ">COPIES", "NODES", "REHEARSED"];
     Rows::new(header, images.iter().map(row))
 }
 
@@ -252,7 +270,15 @@ mod tests {
         };
         let text = table(&[image]).render(None);
         assert!(text.contains("backup-vm-3-12") && text.contains("vm-3") && text.contains("1/2"), "{text}");
-        assert!(text.contains("never"), "{text}");
+        assert!(text.contains("never") && text.contains("full"), "{text}");
+    }
+
+    #[test]
+    fn an_increment_tells_what_it_stands_on_and_what_all_of_it_takes() {
+        let parent = "backup-vm-3-12".into();
+        let image = Image { parent, chain_length: 3, chain_bytes: 1 << 30, size_bytes: 1 << 20, ..Image::default() };
+        assert_eq!(chain(&image), format!("3 on backup-vm-3-12, {}", size_text(1 << 30)));
+        assert_eq!(chain(&Image { chain_length: 1, chain_bytes: 1 << 30, ..Image::default() }), "full");
     }
 
     #[test]

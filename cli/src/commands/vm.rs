@@ -424,10 +424,11 @@ fn schedule(vm: &Vm) -> String {
         every => format!("every {}, next {}", duration_text(every), moment_text(backups.due_at_millis)),
     };
     let keep = if backups.keep == 0 { String::new() } else { format!(", {} kept", backups.keep) };
+    let full = if backups.full_every == 0 { String::new() } else { format!(", one of {} full", backups.full_every) };
     let now = if backups.asked == backups.answered { String::new() } else { ", one is under way".into() };
     let failed =
         if backups.reason.is_empty() { String::new() } else { format!(", the last failed: {}", backups.reason) };
-    format!("{every}{keep}{now}{failed}")
+    format!("{every}{keep}{full}{now}{failed}")
 }
 
 /// The key itself, or the file that it is in.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use api::proto::{CreateVmRequest, Image, ListRequest, Vm, VmRef};
+use api::proto::{BackUpVmRequest, CreateVmRequest, Image, ListRequest, Vm};
 use tokio::time::sleep;
 
 use super::{
@@ -29,7 +29,8 @@ pub async fn run(stage: &mut Stage, only: Option<&Vm>) -> Result<()> {
         sleep(stage.hold).await;
         return Ok(());
     }
-    let asked = tell!(stage.client, back_up_vm, VmRef { tenant: tenant.clone(), vm: id.clone() })?;
+    let asked =
+        tell!(stage.client, back_up_vm, BackUpVmRequest { tenant: tenant.clone(), vm: id.clone(), full: false })?;
     let number = asked.backups.as_ref().map_or(0, |backups| backups.asked);
     let answered = async |client: &api::client::Client| {
         Ok(ask::vm(client, &tenant, &id).await?.backups.is_some_and(|backups| backups.answered >= number))

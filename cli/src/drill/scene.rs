@@ -6,7 +6,9 @@ use std::{path::Path, time::Duration};
 use anyhow::{Context, Result, ensure};
 use api::{
     client::{Client, new_request_id},
-    proto::{CreateNetworkRequest, CreateTenantRequest, CreateVmRequest, ImportImageHeader, ListRequest, VmRef},
+    proto::{
+        BackUpVmRequest, CreateNetworkRequest, CreateTenantRequest, CreateVmRequest, ImportImageHeader, ListRequest,
+    },
 };
 use tokio::time::{Instant, sleep};
 
@@ -72,7 +74,7 @@ pub async fn machines(client: &Client, own: &Own<'_>, undo: &mut Vec<Heal>) -> R
     }
     for name in &names {
         until(client, name, "runs", |vm| vm.status == "running").await?;
-        tell!(client, back_up_vm, VmRef { tenant: TENANT.into(), vm: name.clone() })?;
+        tell!(client, back_up_vm, BackUpVmRequest { tenant: TENANT.into(), vm: name.clone(), full: false })?;
     }
     for name in &names {
         let safe = |vm: &api::proto::Vm| vm.backups.as_ref().is_some_and(|backups| backups.safe_at_millis > 0);

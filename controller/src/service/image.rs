@@ -106,6 +106,11 @@ impl Service {
         let body = request.into_inner();
         let look = |state: &State| {
             let image = name::image(state, &caller, &body.tenant, &body.name)?;
+            if let Some(full) = state.chain(image).skip(1).last() {
+                let said = "is an increment: its file alone is no disk, for it stands on earlier ones down to";
+                let next = "'backup create --full' makes one that stands alone";
+                return Err(ApiError::new("precondition", format!("{} {said} {}; {next}", image.name, full.name)));
+            }
             let holders = image.keepers().filter_map(|id| state.nodes().get(&id)).map(|node| node.address.clone());
             Ok::<_, ApiError>((image.digest, holders.collect::<Vec<_>>()))
         };

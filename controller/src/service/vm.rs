@@ -31,7 +31,7 @@ impl Service {
         self.vm_shown(index, reply).await
     }
 
-    pub(super) async fn vm_back_up(&self, request: Request<proto::VmRef>) -> Result<proto::Vm, ApiError> {
+    pub(super) async fn vm_back_up(&self, request: Request<proto::BackUpVmRequest>) -> Result<proto::Vm, ApiError> {
         let (_, index, reply) = self.change("BackUpVm", &request, back_up).await?;
         self.vm_shown(index, reply).await
     }
@@ -167,14 +167,15 @@ fn set_recovery(state: &State, caller: &Caller, body: &proto::SetVmRecoveryReque
     }))
 }
 
-fn back_up(state: &State, caller: &Caller, body: &proto::VmRef) -> Result<Command, ApiError> {
-    Ok(Command::Tenant(TenantCommand::BackUpVm { vm: name::vm(state, caller, &body.tenant, &body.vm)?.id }))
+fn back_up(state: &State, caller: &Caller, body: &proto::BackUpVmRequest) -> Result<Command, ApiError> {
+    let vm = name::vm(state, caller, &body.tenant, &body.vm)?.id;
+    Ok(Command::Tenant(TenantCommand::BackUpVm { vm, full: body.full }))
 }
 
 fn set_backup(state: &State, caller: &Caller, body: &proto::SetVmBackupRequest) -> Result<Command, ApiError> {
     let vm = name::vm(state, caller, &body.tenant, &body.vm)?.id;
-    let (every_millis, keep) = (body.every_millis, body.keep);
-    Ok(Command::Tenant(TenantCommand::SetVmBackup { vm, every_millis, keep }))
+    let (every_millis, keep, full_every) = (body.every_millis, body.keep, body.full_every);
+    Ok(Command::Tenant(TenantCommand::SetVmBackup { vm, every_millis, keep, full_every }))
 }
 
 fn recovery(text: &str) -> Result<Recovery, ApiError> {

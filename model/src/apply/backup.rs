@@ -1,11 +1,11 @@
-//! Backups: what owners ask for, what hosts made, and when old ones go.
+//! Backups: what owners ask for, what hosts made, and when old ones go. What increments stand on is in `chain.rs`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Applied, Moment, check};
 use crate::{
-    Backups, Image, ImageFormat, ImageId, Loss, Phase, Rejection, ReplicaState, Reply, Resource, State, Timestamp, Vm,
-    VmId,
+    Backups, Image, ImageFormat, ImageId, Loss, NodeId, Phase, Rejection, ReplicaState, Reply, Resource, State,
+    Timestamp, Vm, VmId,
     command::{BackupMade, BackupReport, Noun},
     noun::BackupOf,
     setting,
@@ -17,23 +17,31 @@ const MOST_EVERY_MILLIS: u64 = 366 * 24 * 3_600_000;
 /// More than these of one machine are an archive, which is not what this is.
 const MOST_KEPT: u64 = 1_000;
 
+pub(super) struct Schedule {
+    pub every_millis: u64,
+    pub keep: u32,
+    pub full_every: u32,
+}
+
 impl State {
-    pub(super) fn back_up_vm(&mut self, m: Moment, id: VmId) -> Applied {
+    pub(super) fn back_up_vm(&mut self, m: Moment, id: VmId, full: bool) -> Applied {
         let mut vm = self.owned_vm(m, id)?.clone();
-        ask(&mut vm)?;
+        ask(&mut vm, full)?;
         vm.request = m.request;
         self.put_vm(vm);
         Ok(Reply::Vm(id))
     }
 
-    pub(super) fn set_vm_backup(&mut self, m: Moment, id: VmId, every_millis: u64, keep: u32) -> Applied {
+    pub(super) fn set_vm_backup(&mut self, m: Moment, id: VmId, schedule: Schedule) -> Applied {
+        let Schedule { every_millis, keep, full_every } = schedule;
         if every_millis != 0 {
             check::between("every_millis", every_millis, LEAST_EVERY_MILLIS, MOST_EVERY_MILLIS)?;
         }
         check::between("keep", keep.into(), 0, MOST_KEPT)?;
+        check::between("full_every", full_every.into(), 0, setting::MOST_FULL_EVERY)?;
         let mut vm = self.owned_vm(m, id)?.clone();
         let due_at = (every_millis > 0).then(|| m.now.plus_millis(every_millis));
-        vm.backups = Backups { every_millis, keep, due_at, ..vm.backups };
+        vm.backups = Backups { every_millis, keep, full_every, due_at, ..vm.backups };
         self.put_vm(vm);
         self.drop_superfluous_backups(m, id);
         Ok(Reply::Vm(id))
@@ -47,7 +55,7 @@ impl State {
         }
         let mut vm = vm.clone();
         vm.backups.due_at = Some(m.now.plus_millis(vm.backups.every_millis));
-        if let Err(refusal) = ask(&mut vm) {
+        if let Err(refusal) = ask(&mut vm, false) {
             vm.backups.reason = refusal.to_string();
         }
         self.put_vm(vm);
@@ -57,7 +65,7 @@ impl State {
     pub(super) fn report_backups(
         &mut self,
         m: Moment,
-        node: crate::NodeId,
+        node: NodeId,
         incarnation: u64,
         reports: &[BackupReport],
     ) -> Applied {
@@ -80,13 +88,15 @@ impl State {
     }
 
     /// The bytes are on the machine's own host; copies follow as for any image.
-    fn keep_backup(&mut self, m: Moment, vm: &Vm, node: crate::NodeId, made: &BackupMade) -> Result<(), Rejection> {
+    fn keep_backup(&mut self, m: Moment, vm: &Vm, node: NodeId, made: &BackupMade) -> Result<(), Rejection> {
         let owner = self.tenants.get(&vm.tenant).ok_or_else(|| check::missing(Noun::Tenant, vm.tenant))?;
         let (limit, used) = (owner.quota.image_bytes, self.usage(vm.tenant).image_bytes);
         if used.saturating_add(made.size_bytes) > limit {
             let (tenant, what) = (owner.name.clone(), "bytes of images".into());
             return Err(Rejection::Quota { tenant, what, limit, used, asked: made.size_bytes });
         }
+        let parent = made.parent.map(|digest| self.parent_of(vm, digest, made.virtual_bytes)).transpose()?;
+        let parent = parent.map(|image| image.id);
         let id = self.cluster_mut(|cluster| {
             cluster.last_image += 1;
             ImageId(cluster.last_image)
@@ -103,7 +113,7 @@ impl State {
             digest: made.digest,
             wanted_replicas: u32::try_from(self.setting(setting::IMAGE_REPLICAS)).unwrap_or(1),
             replicas: BTreeMap::from([(node, ReplicaState::Good)]),
-            backup: Some(BackupOf { vm: vm.id, taken_at, consistency: made.consistency }),
+            backup: Some(BackupOf { vm: vm.id, taken_at, consistency: made.consistency, parent }),
             rehearsal: None,
             rehearsed: None,
             created_at: m.now,
@@ -127,15 +137,14 @@ impl State {
         }
     }
 
-    /// The oldest of a machine's safe backups beyond those that it keeps, without those that a machine is made from or
-    /// that are being rehearsed.
-    fn superfluous_backups(&self, id: VmId) -> Vec<ImageId> {
-        let Some(vm) = self.vms.get(&id).filter(|vm| vm.backups.keep > 0) else { return Vec::new() };
+    /// The oldest of a machine's safe backups beyond those that it keeps, without those that a machine is made from,
+    /// that are being rehearsed, or that one which stays stands on.
+    fn superfluous_backups(&self, id: VmId) -> BTreeSet<ImageId> {
+        let Some(vm) = self.vms.get(&id).filter(|vm| vm.backups.keep > 0) else { return BTreeSet::new() };
         let safe: Vec<ImageId> =
             self.backups_of(id).filter(|image| self.is_safe(image, vm)).map(|image| image.id).collect();
         let beyond = safe.len().saturating_sub(vm.backups.keep as usize);
-        let free = |image: &ImageId| self.vms_of_image(*image) == 0 && !self.index.rehearsing.contains(image);
-        safe.into_iter().take(beyond).filter(free).collect()
+        self.dispensable(&safe[..beyond])
     }
 
     /// Oldest first.
@@ -159,15 +168,17 @@ impl State {
         vm.backups.answered = vm.backups.asked;
     }
 
-    /// Its bytes are, verified, on another host than the machine.
+    /// Its bytes, and those that it stands on, are, verified, on other hosts than the machine.
     fn is_safe(&self, image: &Image, vm: &Vm) -> bool {
         let own = vm.placement.map(|placement| placement.node);
-        image.replicas.iter().any(|(node, replica)| *replica == ReplicaState::Good && Some(*node) != own)
+        let elsewhere =
+            |(node, replica): (&NodeId, &ReplicaState)| *replica == ReplicaState::Good && Some(*node) != own;
+        self.chain(image).all(|link| link.replicas.iter().any(elsewhere))
     }
 }
 
-/// One more, unless one is under way.
-fn ask(vm: &mut Vm) -> Result<(), Rejection> {
+/// One more, unless one is under way; but a full one when that may be none.
+fn ask(vm: &mut Vm, full: bool) -> Result<(), Rejection> {
     let there = matches!(vm.phase, Some(Phase::Running | Phase::Suspended | Phase::Stopped)) && vm.placement.is_some();
     if !there {
         return Err(Rejection::Stale(format!("{} is {}; there is nothing to back up", vm.name, vm.status())));
@@ -175,8 +186,9 @@ fn ask(vm: &mut Vm) -> Result<(), Rejection> {
     if vm.is_moving() {
         return Err(Rejection::Stale(format!("{} is {}; it can be backed up afterwards", vm.name, vm.status())));
     }
-    if vm.backups.pending().is_none() {
+    if vm.backups.pending().is_none() || (full && !vm.backups.full) {
         vm.backups.asked += 1;
+        vm.backups.full = full;
     }
     Ok(())
 }

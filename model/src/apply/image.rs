@@ -91,6 +91,9 @@ impl State {
         if image.rehearsal.is_some() {
             return Err(check::in_use(Noun::Image, &image.name, "a rehearsal of it is under way".into()));
         }
+        if let Some(child) = self.stood_upon(id) {
+            return Err(check::in_use(Noun::Image, &image.name, child));
+        }
         let nodes: Vec<_> = image.replicas.keys().copied().collect();
         self.stop_meter(m.now, Resource::Image(id));
         self.remove_image(id);
@@ -98,16 +101,25 @@ impl State {
         Ok(Reply::Done)
     }
 
-    /// Who holds the image changed, so the hosts that still have to fetch it get the new sources.
+    /// Who holds the image changed, so the hosts that still have to fetch it, or what stands on it, get the new sources.
     pub(super) fn renumber_fetchers(&mut self, id: ImageId) {
+        let mut nodes = self.fetchers(id);
+        for increment in self.with_increments(id) {
+            nodes.extend(self.fetchers(increment));
+            // Also who has the increment already gets back what it stands on.
+            nodes.extend(self.images.get(&increment).filter(|_| increment != id).into_iter().flat_map(Image::keepers));
+        }
+        nodes.into_iter().for_each(|node| self.renumber_node(node));
+    }
+
+    fn fetchers(&self, id: ImageId) -> BTreeSet<NodeId> {
         let replicas = self.images.get(&id).into_iter().flat_map(|image| &image.replicas);
         let keepers = replicas.filter(|(_, state)| **state == ReplicaState::Wanted).map(|(node, _)| *node);
         let machines = self.index.vms_by_image.get(&id).into_iter().flatten().filter_map(|vm| self.vms.get(vm));
         let makers = machines.filter(|vm| !vm.existed).filter_map(|vm| vm.placement).map(|placement| placement.node);
         let rehearsal = self.images.get(&id).and_then(|image| image.rehearsal.as_ref()?.placement);
         let rehearsing = rehearsal.map(|placement| placement.node);
-        let nodes: BTreeSet<NodeId> = keepers.chain(makers).chain(rehearsing).collect();
-        nodes.into_iter().for_each(|node| self.renumber_node(node));
+        keepers.chain(makers).chain(rehearsing).collect()
     }
 
     pub(super) fn add_replica(&mut self, id: ImageId, node: NodeId) -> Applied {

@@ -169,6 +169,10 @@ pub struct Backups {
     pub due_at: Option<Timestamp>,
     /// Why the last one failed; empty when it did not.
     pub reason: String,
+    /// One of so many in a row is a full one; 0: as the cloud's setting says.
+    pub full_every: u32,
+    /// The one that is under way is to be a full one.
+    pub full: bool,
 }
 
 impl Backups {

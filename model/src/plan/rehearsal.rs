@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 
 use super::BATCH;
-use crate::{Image, Node, NodeId, PlannerCommand, Rehearsal, ReplicaState, State, Telemetry, Timestamp};
+use crate::{Image, Node, NodeId, PlannerCommand, Rehearsal, State, Telemetry, Timestamp};
 
 /// One a plan gets its place: the next plan knows what it took.
 pub(super) fn rehearse(
@@ -32,7 +32,7 @@ pub(super) fn rehearse(
 fn place(state: &State, telemetry: &Telemetry, image: &Image, rehearsal: &Rehearsal) -> Option<NodeId> {
     let of = image.backup.and_then(|of| state.vms().get(&of.vm)).and_then(|vm| vm.placement);
     let rank = |node: &Node| {
-        let holds = image.replicas.get(&node.id) == Some(&ReplicaState::Good);
+        let holds = state.holds_chain(node.id, image);
         let own = of.is_some_and(|placement| placement.node == node.id);
         let cpu = telemetry.nodes.get(&node.id).map_or(1000, |heard| heard.status.cpu_permille);
         let rank = (holds, !own, Reverse(cpu), Reverse(state.vm_count_on_node(node.id)), Reverse(node.id));

@@ -30,6 +30,8 @@ pub struct Index {
     pub(crate) others_by_node: BTreeMap<NodeId, BTreeSet<VmId>>,
     pub(crate) vms_by_image: BTreeMap<ImageId, BTreeSet<VmId>>,
     pub(crate) backups_by_vm: BTreeMap<VmId, BTreeSet<ImageId>>,
+    /// By what they stand on.
+    pub(crate) increments: BTreeMap<ImageId, BTreeSet<ImageId>>,
     /// The backups that are being rehearsed; those that have a host, by host.
     pub(crate) rehearsing: BTreeSet<ImageId>,
     pub(crate) rehearsing_by_node: BTreeMap<NodeId, BTreeSet<ImageId>>,
@@ -112,6 +114,9 @@ impl Index {
         self.images_by_digest.entry(row.digest).or_default().insert(row.id);
         if let Some(of) = row.backup {
             self.backups_by_vm.entry(of.vm).or_default().insert(row.id);
+            if let Some(parent) = of.parent {
+                self.increments.entry(parent).or_default().insert(row.id);
+            }
         }
         for node in row.replicas.keys() {
             self.images_by_node.entry(*node).or_default().insert(row.id);

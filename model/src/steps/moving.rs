@@ -79,7 +79,7 @@ pub(super) fn arrival(generation: u64, wish: &VmWish, found: &Observed, out: &mu
                 return tell(wish, end, found, MoveOutcome::Failed(failure.reason.clone()), out);
             }
             let plugged = wish.nics.iter().all(|nic| found.networks.get(&nic.vni) == Some(&true));
-            let ready = plugged && found.images.contains_key(&wish.image.digest);
+            let ready = plugged && found.holds(&wish.image);
             let expected = found.expected.get(&wish.vm) == Some(&wish.epoch);
             if ready && !expected && found.may_try(subject, generation) {
                 out.push(Step::PrepareMigration(wish.vm));

@@ -13,7 +13,7 @@ pub(super) fn rehearsals(wish: &Assignment, found: &Observed, out: &mut Vec<Step
             }
             Some(_) => {}
             None => {
-                let here = found.images.contains_key(&rehearsal.base.digest);
+                let here = found.holds(&rehearsal.base);
                 if here && found.may_try(Subject::Rehearsal(image), wish.generation) {
                     out.push(Step::Rehearse { image, epoch });
                 }
@@ -33,7 +33,14 @@ mod tests {
     #[test]
     fn a_backup_is_fetched_booted_once_and_told_once() {
         let (image, epoch, digest) = (ImageId(4), 9, Digest([4; 32]));
-        let base = ImageWish { digest, format: ImageFormat::Qcow2, size_bytes: 1, virtual_bytes: 1, sources: vec![] };
+        let base = ImageWish {
+            digest,
+            format: ImageFormat::Qcow2,
+            size_bytes: 1,
+            virtual_bytes: 1,
+            sources: vec![],
+            parents: vec![],
+        };
         let rehearsal = RehearsalWish {
             image,
             epoch,

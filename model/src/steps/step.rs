@@ -60,10 +60,11 @@ pub enum Step {
     },
     /// It stays here after all.
     CancelMigration(VmId),
-    /// Copy a machine's disk into an image.
+    /// Copy a machine's disk into an image; what was written since the parent is enough.
     BackUp {
         vm: VmId,
         number: u32,
+        parent: Option<Digest>,
     },
     /// Tell the quorum what became of a backup.
     ReportBackup(BackupReport),
@@ -150,7 +151,10 @@ impl fmt::Display for Step {
                     write!(f, "report {} has not moved for epoch {}: {reason}", report.vm, report.epoch)
                 }
             },
-            Self::BackUp { vm, number } => write!(f, "back up {vm}, number {number}"),
+            Self::BackUp { vm, number, parent: None } => write!(f, "back up {vm}, number {number}"),
+            Self::BackUp { vm, number, parent: Some(parent) } => {
+                write!(f, "back up {vm}, number {number}, since {:.8}", parent.to_string())
+            }
             Self::ReportBackup(report) => match &report.outcome {
                 Ok(made) => write!(f, "report backup {} of {}: {}", report.number, report.vm, made.digest),
                 Err(reason) => write!(f, "report backup {} of {} failed: {reason}", report.number, report.vm),

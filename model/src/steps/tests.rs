@@ -12,7 +12,14 @@ mod moving;
 mod power;
 
 fn image(n: u8) -> ImageWish {
-    ImageWish { digest: Digest([n; 32]), format: ImageFormat::Raw, size_bytes: 1, virtual_bytes: 1, sources: vec![] }
+    ImageWish {
+        digest: Digest([n; 32]),
+        format: ImageFormat::Raw,
+        size_bytes: 1,
+        virtual_bytes: 1,
+        sources: vec![],
+        parents: vec![],
+    }
 }
 
 fn vm(id: u64, epoch: u64, power: Power) -> VmWish {
@@ -372,7 +379,7 @@ impl World {
             }
             Step::Report(report) => self.hear(report),
             Step::ReportImage(report) => drop(found.told_images.insert(report.digest, report.good)),
-            Step::BackUp { vm, number } => {
+            Step::BackUp { vm, number, .. } => {
                 let (vm, epoch, outcome) = (*vm, epoch(vm), Err("no space".into()));
                 found.backups.insert(vm, BackupReport { vm, epoch, number: *number, outcome });
             }

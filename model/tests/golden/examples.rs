@@ -202,7 +202,10 @@ fn end() -> Vec<Command> {
         virtual_bytes: 2 * GIB,
         age_millis: 30_000,
         consistency: Consistency::Frozen,
+        parent: None,
     });
+    let since = |made: BackupMade| BackupMade { digest: Digest([7; 32]), parent: Some(made.digest), ..made };
+    let increment = BackupReport { vm, epoch: 19, number: 2, outcome: outcome.clone().map(since) };
     let made = BackupReport { vm, epoch: 19, number: 1, outcome };
     let (image, verdict, reason) = (ImageId(2), Verdict::Booted, "its guest agent answered".into());
     let rehearsed = RehearsalReport { image, epoch: 40, verdict, took_millis: 12_000, reason };
@@ -214,14 +217,16 @@ fn end() -> Vec<Command> {
         Command::Planner(PlannerCommand::SetNodeSilent { node: node_id, incarnation: 1, silent: true }),
         Command::Planner(PlannerCommand::SetNodeClock { node: node_id, drifts: true }),
         Command::Planner(PlannerCommand::RetireController { controller: ControllerId(2) }),
-        tenant_asks(TenantCommand::SetVmBackup { vm, every_millis: 86_400_000, keep: 7 }),
+        tenant_asks(TenantCommand::SetVmBackup { vm, every_millis: 86_400_000, keep: 7, full_every: 3 }),
         Command::Planner(PlannerCommand::BackUpDueVm { vm }),
-        tenant_asks(TenantCommand::BackUpVm { vm }),
+        tenant_asks(TenantCommand::BackUpVm { vm, full: true }),
         node(NodeCommand::ReportBackups {
             node: node_id,
             incarnation: 1,
             reports: vec![made.clone(), BackupReport { outcome: Err("no room".into()), ..made }],
         }),
+        tenant_asks(TenantCommand::BackUpVm { vm, full: false }),
+        node(NodeCommand::ReportBackups { node: node_id, incarnation: 1, reports: vec![increment] }),
         tenant_asks(TenantCommand::RehearseBackup { image: ImageId(2), limit_millis: 60_000, expect: "up".into() }),
         Command::Planner(PlannerCommand::PlaceRehearsal { image: ImageId(2), node: node_id }),
         Command::Planner(PlannerCommand::ExpireRehearsal { image: ImageId(2) }),

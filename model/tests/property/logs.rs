@@ -193,11 +193,12 @@ impl Source {
             4..=5 => Wanted::Suspended,
             6..=7 => Wanted::Stopped,
             8 => Wanted::Deleted,
-            10 if r.one_in(2) => return self.tenant(TenantCommand::BackUpVm { vm }),
+            10 if r.one_in(2) => return self.tenant(TenantCommand::BackUpVm { vm, full: r.one_in(3) }),
             10 if r.one_in(2) => return self.tenant(rehearsal(state, r)),
             10 => {
                 let (every_millis, keep) = ([0, 60_000, 3_600_000][r.below(3)], r.below(3) as u32);
-                return self.tenant(TenantCommand::SetVmBackup { vm, every_millis, keep });
+                let full_every = r.below(5) as u32;
+                return self.tenant(TenantCommand::SetVmBackup { vm, every_millis, keep, full_every });
             }
             9 => {
                 let (recovery, priority) = (recovery(r), r.below(3) as u8);
@@ -225,7 +226,7 @@ impl Source {
         let held: Vec<&Vm> = state.vms_on_node(node.id).collect();
         let asked: Vec<&&Vm> = held.iter().filter(|vm| vm.backups.pending().is_some()).collect();
         if let (Some(vm), true) = (r.pick(&asked), r.one_in(2)) {
-            let reports = vec![backup_report(vm, r)];
+            let reports = vec![backup_report(state, vm, r)];
             return self.node(node.id, NodeCommand::ReportBackups { node: node.id, incarnation, reports });
         }
         let rehearsals = state.assignment(node.id).map_or_else(Vec::new, |assignment| assignment.rehearsals);
@@ -461,15 +462,18 @@ fn rehearsal(state: &State, r: &mut Reader) -> TenantCommand {
     }
 }
 
-fn backup_report(vm: &Vm, r: &mut Reader) -> BackupReport {
+fn backup_report(state: &State, vm: &Vm, r: &mut Reader) -> BackupReport {
     let number = vm.backups.asked - u32::from(r.one_in(9)).min(vm.backups.asked);
     let epoch = vm.placement.map_or(0, |placement| placement.epoch);
+    let earlier: Vec<Digest> = state.backups_of(vm.id).map(|image| image.digest).collect();
+    let parent = if r.one_in(12) { Some(Digest([39; 32])) } else { r.pick(&earlier).filter(|_| !r.one_in(3)) };
     let made = BackupMade {
         digest: Digest([40 + r.below(9) as u8; 32]),
         size_bytes: GIB / 8,
         virtual_bytes: vm.size.disk_bytes.max(1),
         age_millis: 1000,
         consistency: Consistency::Crash,
+        parent,
     };
     let outcome = if r.one_in(4) { Err("no room".into()) } else { Ok(made) };
     BackupReport { vm: vm.id, epoch, number, outcome }

@@ -53,11 +53,14 @@ pub fn rows_besides_memory(state: &State) -> Vec<String> {
     rows
 }
 
-/// An assignment without the sources of images that the host needs no more.
+/// An assignment without hints, and without the sources of images that the host needs no more.
 pub fn normalised(state: &State, mut assignment: Assignment) -> Assignment {
     for wish in &mut assignment.vms {
+        // A hint: a host that follows an old one is told so when it reports.
+        wish.backup.iter_mut().for_each(|backup| backup.parent = None);
         if state.vms().get(&wish.vm).is_none_or(|vm| vm.existed) {
             wish.image.sources.clear();
+            wish.image.parents.iter_mut().for_each(|parent| parent.sources.clear());
         }
     }
     for wish in &mut assignment.images {
@@ -97,7 +100,7 @@ pub fn settle(state: &mut State, source: &mut Source) -> Result<(), String> {
     for vm in machines {
         // A schedule is never at rest.
         index += 1;
-        let command = Command::Tenant(TenantCommand::SetVmBackup { vm, every_millis: 0, keep: 0 });
+        let command = Command::Tenant(TenantCommand::SetVmBackup { vm, every_millis: 0, keep: 0, full_every: 0 });
         let _ = state.apply(index, &Entry { at: state.now(), request: None, actor: Actor::System, command });
     }
     for _ in 0..ROUNDS {

@@ -118,7 +118,7 @@ fn only_what_can_be_moved_is() {
     cloud.done(Command::Operator(OperatorCommand::CordonNode { node: TO, cordoned: true }));
     assert!(matches!(cloud.apply(migrate(TO)), Err(Rejection::NoRoom { .. })), "it takes nothing new");
     cloud.done(Command::Operator(OperatorCommand::CordonNode { node: TO, cordoned: false }));
-    cloud.done(Command::Tenant(TenantCommand::BackUpVm { vm: VM }));
+    cloud.done(Command::Tenant(TenantCommand::BackUpVm { vm: VM, full: false }));
     assert!(is_stale(&cloud.apply(migrate(TO))), "a backup is under way");
     let (vm, wanted, stop_grace_millis) = (VM, Wanted::Stopped, 0);
     cloud.done(Command::Tenant(TenantCommand::SetVmPower { vm, wanted, stop_grace_millis }));

@@ -290,6 +290,8 @@ impl Story {
         let vm = self.machine(line.word(3)?)?;
         let row = self.state.vms().get(&vm).ok_or("no such machine")?;
         let number = line.number("number", row.backups.asked.into())? as u32;
+        let since = line.values.get("since").map(|name| self.image(name)).transpose()?;
+        let since = since.and_then(|id| self.state.images().get(&id)).map(|image| image.digest);
         let outcome = match line.word(4)?.parse::<u64>() {
             Ok(gib) => Ok(BackupMade {
                 digest: Digest::of(format!("{vm} {number}").as_bytes()),
@@ -297,6 +299,7 @@ impl Story {
                 virtual_bytes: row.size.disk_bytes,
                 age_millis: 1000,
                 consistency: Consistency::Frozen,
+                parent: since,
             }),
             Err(_) => Err(line.reason.clone()),
         };
@@ -356,11 +359,14 @@ impl Story {
             "run" => power(self, Wanted::Running)?,
             "suspend" => power(self, Wanted::Suspended)?,
             "stop" => power(self, Wanted::Stopped)?,
-            "backup" => TenantCommand::BackUpVm { vm: self.machine(noun)? },
+            "backup" => {
+                TenantCommand::BackUpVm { vm: self.machine(noun)?, full: line.word(2).is_ok_and(|word| word == "full") }
+            }
             "schedule" => TenantCommand::SetVmBackup {
                 vm: self.machine(noun)?,
                 every_millis: line.values.get("every").map_or(Ok(0), |text| millis(text))?,
                 keep: line.number("keep", 0)? as u32,
+                full_every: line.number("full-every", 0)? as u32,
             },
             "rehearse" => TenantCommand::RehearseBackup {
                 image: self.image(noun)?,

@@ -33,6 +33,9 @@ pub fn picture(state: &State) -> Picture {
         };
         let replicas: Vec<String> = image.replicas.iter().map(kept).collect();
         let mut line = format!("{} {} of {}: {}", image.id, image.name, image.wanted_replicas, replicas.join(", "));
+        if let Some(parent) = image.backup.and_then(|of| of.parent) {
+            line += &format!("; stands on {parent}");
+        }
         if let Some(rehearsal) = &image.rehearsal {
             let place = rehearsal.placement.map_or("waits".into(), |place| format!("on {}", name(&place.node)));
             let left = seconds(rehearsal.deadline.millis_since(state.now()));

@@ -181,7 +181,8 @@ impl NodeSession for Controller {
 
 fn base(sources: Vec<String>) -> ImageWish {
     let size_bytes = BASE.len() as u64;
-    ImageWish { digest: Digest::of(BASE), format: ImageFormat::Raw, size_bytes, virtual_bytes: size_bytes, sources }
+    let (digest, format) = (Digest::of(BASE), ImageFormat::Raw);
+    ImageWish { digest, format, size_bytes, virtual_bytes: size_bytes, sources, parents: vec![] }
 }
 
 fn assignment(sources: Vec<String>) -> Assignment {

@@ -1,10 +1,10 @@
 //! One step, carried out. Each ends well or with a reason; whether to try again is the executor's business.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{panic::AssertUnwindSafe, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::FutureExt;
 use model::{
-    Assignment, ImageWish, VmId,
+    Assignment, Digest, ImageWish, VmId,
     assignment::RehearsalWish,
     command::BackupMade,
     steps::{IMAGE_IDLE_MILLIS, Step},
@@ -17,8 +17,9 @@ use crate::{
     clock,
     host::Host,
     hypervisor::{
-        GuestNic, GuestSpec, Hypervisor, HypervisorError,
+        GuestNic, GuestSpec, Hypervisor, HypervisorError, Parent,
         job::Job,
+        qcow2,
         rehearsal::{Rehearsal, Rehearsed},
     },
     images::{self, TransferError},
@@ -102,7 +103,7 @@ async fn perform(
 ) -> Result<Done, Fault> {
     check_lease(&host, &assignment, &step)?;
     let done = match step {
-        Step::BackUp { vm, .. } => return back_up(host, vm).await.map(Done::Copied),
+        Step::BackUp { vm, parent, .. } => return back_up(host, vm, parent).await.map(Done::Copied),
         Step::Rehearse { image, epoch } => {
             let wish = assignment.rehearsals.iter().find(|wish| (wish.image, wish.epoch) == (image, epoch)).cloned();
             let begun = wish.zip(job).ok_or_else(|| fault(FaultKind::NotNow, "the assignment no longer has it"));
@@ -149,17 +150,24 @@ async fn perform(
     done.map(|()| Done::Nothing)
 }
 
-async fn back_up(host: Arc<Host>, vm: VmId) -> Result<Copied, Fault> {
+async fn back_up(host: Arc<Host>, vm: VmId, parent: Option<Digest>) -> Result<Copied, Fault> {
     let copied = spawn_blocking(move || {
         let at_millis = clock::boottime_millis();
-        let backup = host.hypervisor.back_up(vm, &Job::new(BACKUP_LIMIT)).map_err(hypervisor_fault)?;
+        // One that is not here, or damaged, is none: the copy is a full one then.
+        let parent = parent.and_then(|digest| Some(Parent { digest, file: host.images.verified(digest).ok()? }));
+        let job = Job::new(BACKUP_LIMIT);
+        let backup = host.hypervisor.back_up(vm, parent.as_ref(), &job).map_err(hypervisor_fault)?;
         let held = host.images.adopt(&backup.file).map_err(|error| fault(FaultKind::Transient, error))?;
+        if let Err(error) = host.hypervisor.backed_up(vm, held.digest) {
+            tracing::warn!(%vm, %error, "the next backup of it will be a full one");
+        }
         let made = BackupMade {
             digest: held.digest,
             size_bytes: held.size_bytes,
             virtual_bytes: backup.virtual_bytes,
             age_millis: 0,
             consistency: backup.consistency,
+            parent: backup.parent,
         };
         Ok(Copied { made, at_millis })
     });
@@ -173,8 +181,7 @@ async fn rehearse(
     (wish, job): (RehearsalWish, Arc<Job>),
 ) -> Result<Rehearsed, Fault> {
     let done = spawn_blocking(move || {
-        let base = host.images.verified(wish.base.digest).map_err(|error| fault(FaultKind::Transient, error))?;
-        host.images.touch(wish.base.digest);
+        let base = base(&host, &wish.base)?;
         let spec = GuestSpec {
             cluster,
             vm: wish.vm,
@@ -184,6 +191,7 @@ async fn rehearse(
             size: wish.size,
             base,
             base_format: wish.base.format,
+            base_parents: wish.base.parents.iter().map(|parent| parent.digest).collect(),
             base_virtual_bytes: wish.base.virtual_bytes,
             nics: vec![],
             ssh_keys: vec![],
@@ -220,10 +228,30 @@ async fn fetch(host: &Host, image: ImageWish) -> Result<(), Fault> {
     let progress = move |done| view.set_fetched(digest, done, size);
     let fetched = images::fetch(&host.images, &host.identity, &image, progress).await;
     host.view.end_fetch(digest);
-    fetched.map(drop).map_err(|error| match error {
+    let file = fetched.map_err(|error| match error {
         TransferError::Store(ImageError::Busy(_)) => fault(FaultKind::NotNow, error),
         other => fault(FaultKind::Transient, other),
-    })
+    })?;
+    let Some(parent) = image.parents.first().map(|parent| parent.digest) else { return Ok(()) };
+    let store = host.images.clone();
+    let looked = spawn_blocking(move || {
+        let unfit = qcow2::stands_on(&file, Some(parent)).err();
+        // The right bytes, of what is no increment of what the quorum says: nobody may come to stand on it.
+        unfit.inspect(|_| drop(store.remove(digest, Duration::ZERO)))
+    });
+    let unfit = looked.await.map_err(|_| cut_short())?;
+    unfit.map_or(Ok(()), |why| Err(fault(FaultKind::Permanent, format!("image {digest} {why}"))))
+}
+
+/// Blocks: the image and all that it stands on, verified.
+fn base(host: &Host, image: &ImageWish) -> Result<PathBuf, Fault> {
+    for digest in image.parents.iter().map(|parent| parent.digest) {
+        host.images.verified(digest).map_err(|error| fault(FaultKind::Transient, error))?;
+        host.images.touch(digest);
+    }
+    let base = host.images.verified(image.digest).map_err(|error| fault(FaultKind::Transient, error))?;
+    host.images.touch(image.digest);
+    Ok(base)
 }
 
 async fn with_spec(
@@ -250,8 +278,7 @@ async fn hypervisor(
 pub fn spec(host: &Host, assignment: &Assignment, vm: VmId) -> Result<GuestSpec, Fault> {
     let wish = assignment.vms.iter().find(|wish| wish.vm == vm);
     let wish = wish.ok_or_else(|| fault(FaultKind::NotNow, "the assignment no longer has it"))?;
-    let base = host.images.verified(wish.image.digest).map_err(|error| fault(FaultKind::Transient, error))?;
-    host.images.touch(wish.image.digest);
+    let base = base(host, &wish.image)?;
     let nic = |nic: &model::NicWish| GuestNic {
         network: nic.network,
         mac: nic.mac,
@@ -267,6 +294,7 @@ pub fn spec(host: &Host, assignment: &Assignment, vm: VmId) -> Result<GuestSpec,
         size: wish.size,
         base,
         base_format: wish.image.format,
+        base_parents: wish.image.parents.iter().map(|parent| parent.digest).collect(),
         base_virtual_bytes: wish.image.virtual_bytes,
         nics: wish.nics.iter().map(nic).collect(),
         ssh_keys: wish.ssh_keys.clone(),

@@ -115,8 +115,8 @@ pub fn machines(assignment: Option<&Assignment>, found: &Observed) -> Vec<Machin
 }
 
 fn stage(wish: &VmWish, found: &Observed) -> Stage {
-    if !found.images.contains_key(&wish.image.digest) {
-        return Stage::FetchImage(wish.image.digest);
+    if let Some(image) = wish.image.first_missing(|digest| found.images.contains_key(&digest)) {
+        return Stage::FetchImage(image.digest);
     }
     if !found.memory(wish).disk_made {
         return Stage::MakeDisk;

@@ -27,6 +27,7 @@ use crate::{
     view::View,
 };
 
+mod increments;
 mod lost_disk;
 mod moody;
 mod rehearsal;
@@ -231,6 +232,7 @@ fn vm(epoch: u64, power: Power) -> VmWish {
             size_bytes,
             virtual_bytes: size_bytes,
             sources: vec![],
+            parents: vec![],
         },
         nics: vec![NicWish { network: NetworkId(1), vni: 100, mac: MAC, ip: [10, 0, 0, 2].into() }],
         ssh_keys: vec![],

@@ -14,6 +14,7 @@ use model::{Consistency, ImageId, Verdict, VmId};
 
 use super::{GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason, job::Job, rehearsal::Rehearsal};
 
+mod increments;
 pub mod migration;
 
 /// A guest under software emulation on a busy host boots in half a minute; shutting down takes some seconds more.
@@ -53,12 +54,14 @@ pub fn run(subject: &Subject) {
     assert_eq!(power(&*h, subject), Some(GuestPower::Running), "another agent finds it running");
     usage_and_capacity_are_told(subject, &*h);
     it_is_backed_up_while_it_runs(subject, &*h);
+    let newest = increments::it_is_known_what_was_written(subject, &*h);
     drop(h);
     what_a_dead_agent_left_of_a_backup_is_cleared(subject);
     a_rehearsal_leaves_nothing(subject);
     let h = (subject.open)();
     it_is_switched_off_and_on(subject, &*h);
     a_crash_is_seen_as_one(subject, &*h);
+    increments::nothing_is_known_after_a_crash(subject, &*h, &newest);
     if subject.hears_power_button {
         the_button_is_obeyed(subject, &*h);
     }
@@ -158,7 +161,7 @@ fn usage_and_capacity_are_told(subject: &Subject, h: &dyn Hypervisor) {
 fn it_is_backed_up_while_it_runs(subject: &Subject, h: &dyn Hypervisor) {
     let vm = subject.spec.vm;
     let job = Job::new(PATIENCE);
-    let backup = h.back_up(vm, &job).expect("back up");
+    let backup = h.back_up(vm, None, &job).expect("back up");
     assert_ne!(backup.consistency, Consistency::Off);
     assert_eq!(backup.virtual_bytes, subject.spec.size.disk_bytes, "it is as large as the guest's disk");
     assert_eq!(fs::metadata(&backup.file).expect("the backup").len(), backup.size_bytes);
@@ -167,14 +170,14 @@ fn it_is_backed_up_while_it_runs(subject: &Subject, h: &dyn Hypervisor) {
     let cancelled = Job::new(PATIENCE);
     cancelled.cancel();
     for job in [cancelled, Job::new(Duration::ZERO)] {
-        let result = h.back_up(vm, &job);
+        let result = h.back_up(vm, None, &job);
         assert!(matches!(result, Err(HypervisorError::Transient(_))), "it ends when it must: {result:?}");
         assert_eq!(backup_files(subject), Vec::<String>::new(), "and leaves nothing");
     }
-    let again = h.back_up(vm, &Job::new(PATIENCE)).expect("one that was cancelled is in nobody's way");
+    let again = h.back_up(vm, None, &Job::new(PATIENCE)).expect("one that was cancelled is in nobody's way");
     assert_eq!(again.file, backup.file);
     assert_eq!(power(h, subject), Some(GuestPower::Running), "it runs on");
-    let absent = h.back_up(VmId(vm.0 + 1), &Job::new(PATIENCE));
+    let absent = h.back_up(VmId(vm.0 + 1), None, &Job::new(PATIENCE));
     assert!(matches!(absent, Err(HypervisorError::Transient(_))), "{absent:?}");
 }
 
@@ -224,7 +227,7 @@ fn it_is_switched_off_and_on(subject: &Subject, h: &dyn Hypervisor) {
     let again = (subject.open)();
     assert_eq!(power(&*again, subject), Some(GuestPower::Off(OffReason::ByAgent)), "another agent knows why it is off");
     drop(again);
-    let backup = h.back_up(vm, &Job::new(PATIENCE)).expect("back up what is off");
+    let backup = h.back_up(vm, None, &Job::new(PATIENCE)).expect("back up what is off");
     assert_eq!(backup.consistency, Consistency::Off);
     assert_eq!(backup.virtual_bytes, subject.spec.size.disk_bytes);
     h.make_disk(&subject.spec).expect("its disk is there");

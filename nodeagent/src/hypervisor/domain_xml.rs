@@ -146,10 +146,11 @@ pub fn probe_xml(name: &str, uuid: &str, kind: HypervisorKind, disk: &Path, outp
     })
 }
 
-/// What a backup copies, and where to: the guest's own disk, whole, into a file that stands alone.
-pub fn backup_xml(file: &Path) -> String {
+/// What a backup copies, and where to: the guest's own disk, whole, or what was written since a checkpoint.
+pub fn backup_xml(file: &Path, since: Option<&str>) -> String {
     document(|w| {
         element(w, "domainbackup", &[("mode", "push")], |w| {
+            since.map_or(Ok(()), |checkpoint| text(w, "incremental", &[], checkpoint))?;
             element(w, "disks", &[], |w| {
                 element(w, "disk", &[("name", DISK), ("backup", "yes"), ("type", "file")], |w| {
                     leaf(w, "driver", &[("type", "qcow2")])?;
@@ -159,6 +160,24 @@ pub fn backup_xml(file: &Path) -> String {
             })
         })
     })
+}
+
+/// What is written to the guest's own disk is counted from here on.
+pub fn checkpoint_xml(name: &str) -> String {
+    document(|w| {
+        element(w, "domaincheckpoint", &[], |w| {
+            text(w, "name", &[], name)?;
+            element(w, "disks", &[], |w| {
+                leaf(w, "disk", &[("name", DISK), ("checkpoint", "bitmap")])?;
+                leaf(w, "disk", &[("name", SEED), ("checkpoint", "no")])
+            })
+        })
+    })
+}
+
+/// Also the name of the bitmap in the disk's file.
+pub fn checkpoint_name(number: u128) -> String {
+    format!("trefoil-{number}")
 }
 
 /// The mark in a domain's XML, or in what libvirt returns for [`MARK_NAMESPACE`]: that element alone, stripped of its
@@ -332,6 +351,7 @@ mod tests {
             size: Capacity { vcpus: 2, memory_bytes: 96 << 20, disk_bytes: 1 << 30 },
             base: "/srv/trefoil/images/base".into(),
             base_format: ImageFormat::Qcow2,
+            base_parents: vec![],
             base_virtual_bytes: 45 << 20,
             nics: vec![GuestNic {
                 network: NetworkId(3),
@@ -368,7 +388,10 @@ mod tests {
         check("domain-rehearsal.xml", &rehearsal_xml(&alone, ImageId(12), &paths(), HypervisorKind::Kvm));
         let output = Path::new("/srv/trefoil/probe/output");
         let uuid = uuid_of("probe", "demo", "kvm");
-        check("backup.xml", &backup_xml(Path::new("/srv/trefoil/vms/vm-17/backup.part")));
+        let part = Path::new("/srv/trefoil/vms/vm-17/backup.part");
+        check("backup.xml", &backup_xml(part, None));
+        check("backup-increment.xml", &backup_xml(part, Some(&checkpoint_name(17))));
+        check("checkpoint.xml", &checkpoint_xml(&checkpoint_name(18)));
         check("probe-kvm.xml", &probe_xml("trefoil-probe", &uuid, HypervisorKind::Kvm, Path::new("/d"), output));
     }
 

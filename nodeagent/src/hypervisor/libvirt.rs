@@ -12,16 +12,16 @@ use std::{
     time::Duration,
 };
 
-use model::{Capacity, HypervisorKind, VmId, telemetry::NodeStatus};
+use model::{Capacity, Digest, HypervisorKind, VmId, telemetry::NodeStatus};
 use virt::sys;
 
 use super::{
-    Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, Result,
+    Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, Parent, Result,
     domain_xml::{Mark, domain_uuid, domain_xml, name_prefix},
     guest_dir::{GuestDirs, failed, write_whole},
     job::Job,
     migration::{Destination, Route},
-    qemu_process,
+    qcow2, qemu_process,
     rehearsal::{Rehearsal, Rehearsed},
     seed::seed_image,
 };
@@ -32,6 +32,7 @@ mod disk;
 mod domain_job;
 mod handle;
 mod host;
+mod increment;
 mod migration;
 mod power;
 mod probe;
@@ -334,7 +335,7 @@ impl Hypervisor for Libvirt {
     }
 
     fn bases(&self) -> Result<BTreeSet<PathBuf>> {
-        Ok(self.dirs.all()?.iter().filter_map(|dir| disk::base_of(&dir.join("disk.qcow2"))).collect())
+        Ok(self.dirs.all()?.iter().flat_map(|dir| qcow2::files_under(&dir.join("disk.qcow2"))).collect())
     }
 
     fn make_disk(&self, spec: &GuestSpec) -> Result<()> {
@@ -377,7 +378,7 @@ impl Hypervisor for Libvirt {
             return Err(HypervisorError::Transient(format!("{vm} has no disk here")));
         }
         self.claim(spec)?;
-        self.amend(vm, |record| *record = Record::new(spec))?;
+        self.amend(vm, |record| *record = Record { since: record.since.take(), ..Record::new(spec) })?;
         let domain = self.define(spec)?;
         if let Err(e) = domain.create() {
             if found.is_none()
@@ -441,8 +442,12 @@ impl Hypervisor for Libvirt {
         self.abolish(vm, |dirs| dirs.remove(vm))
     }
 
-    fn back_up(&self, vm: VmId, job: &Job) -> Result<Backup> {
-        backup::back_up(self, vm, job)
+    fn back_up(&self, vm: VmId, parent: Option<&Parent>, job: &Job) -> Result<Backup> {
+        backup::back_up(self, vm, parent, job)
+    }
+
+    fn backed_up(&self, vm: VmId, digest: Digest) -> Result<()> {
+        increment::keep(self, vm, digest)
     }
 
     fn rehearse(&self, rehearsal: &Rehearsal, job: &Job) -> Result<Rehearsed> {

@@ -137,6 +137,7 @@ mod tests {
             size: model::Capacity { vcpus: 1, memory_bytes: 96 << 20, disk_bytes: 1 << 30 },
             base: "/base".into(),
             base_format: model::ImageFormat::Qcow2,
+            base_parents: vec![],
             base_virtual_bytes: 1 << 20,
             nics: vec![crate::hypervisor::GuestNic {
                 network: model::NetworkId(1),

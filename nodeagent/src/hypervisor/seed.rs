@@ -97,6 +97,7 @@ mod tests {
             size: Capacity::default(),
             base: PathBuf::new(),
             base_format: ImageFormat::Raw,
+            base_parents: vec![],
             base_virtual_bytes: 0,
             nics: vec![],
             ssh_keys: ssh_keys.iter().map(|k| k.to_string()).collect(),

@@ -13,14 +13,15 @@ use std::{
     time::Duration,
 };
 
-use model::{Capacity, HypervisorKind, VmId, telemetry::NodeStatus};
+use model::{Capacity, Digest, HypervisorKind, VmId, telemetry::NodeStatus};
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
-    Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason, Result,
+    Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason, Parent, Result,
     guest_dir::GuestDirs,
     job::Job,
     migration::{Destination, Route},
+    qcow2,
     rehearsal::{Rehearsal, Rehearsed},
 };
 use crate::{
@@ -272,7 +273,8 @@ impl Hypervisor for Simulated {
 
     fn bases(&self) -> Result<BTreeSet<PathBuf>> {
         let kept = self.dirs.all()?.into_iter().filter_map(|dir| record::read_kept(&dir));
-        Ok(kept.map(|guest| guest.base).collect())
+        let with_parents = |base: PathBuf| qcow2::files_under(&base).into_iter().chain([base]).collect::<Vec<_>>();
+        Ok(kept.flat_map(|guest| with_parents(guest.base)).collect())
     }
 
     fn make_disk(&self, spec: &GuestSpec) -> Result<()> {
@@ -281,6 +283,10 @@ impl Hypervisor for Simulated {
         }
         self.delay(MAKE_DISK_MILLIS);
         self.chance("making the disk")?;
+        if !spec.base_parents.is_empty() {
+            let fit = qcow2::chain_is(&spec.base, &spec.base_parents);
+            fit.map_err(|why| HypervisorError::Permanent(format!("the image {}: {why}", spec.base.display())))?;
+        }
         if spec.size.disk_bytes < spec.base_virtual_bytes {
             return Err(HypervisorError::Permanent("the image is larger than the machine's disk".into()));
         }
@@ -394,8 +400,12 @@ impl Hypervisor for Simulated {
         Ok(())
     }
 
-    fn back_up(&self, vm: VmId, job: &Job) -> Result<Backup> {
-        backup::back_up(self, vm, job)
+    fn back_up(&self, vm: VmId, parent: Option<&Parent>, job: &Job) -> Result<Backup> {
+        backup::back_up(self, vm, parent, job)
+    }
+
+    fn backed_up(&self, vm: VmId, digest: Digest) -> Result<()> {
+        backup::keep(self, vm, digest)
     }
 
     fn rehearse(&self, rehearsal: &Rehearsal, job: &Job) -> Result<Rehearsed> {

@@ -26,7 +26,7 @@ fn exclusive(vm: u64, epoch: u64) -> VmWish {
         tenant: "acme".into(),
         name: "web".into(),
         size: Capacity::default(),
-        image: ImageWish { digest, format, size_bytes: 1, virtual_bytes: 1, sources: Vec::new() },
+        image: ImageWish { digest, format, size_bytes: 1, virtual_bytes: 1, sources: Vec::new(), parents: Vec::new() },
         nics: Vec::new(),
         ssh_keys: Vec::new(),
         user_data: String::new(),

@@ -93,6 +93,7 @@ impl Host {
             size: Capacity { vcpus: 1, memory_bytes: 96 << 20, disk_bytes: 1 << 30 },
             base: self.dir.path().join("base.qcow2"),
             base_format: ImageFormat::Qcow2,
+            base_parents: vec![],
             base_virtual_bytes: 45 << 20,
             nics: vec![GuestNic {
                 network: NetworkId(1),

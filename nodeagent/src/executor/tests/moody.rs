@@ -10,10 +10,10 @@ use std::{
     time::Duration,
 };
 
-use model::{Capacity, HypervisorKind, VmId, telemetry::NodeStatus};
+use model::{Capacity, Digest, HypervisorKind, VmId, telemetry::NodeStatus};
 
 use crate::hypervisor::{
-    Backup, Guest, GuestSpec, GuestUsage, Hypervisor, HypervisorError,
+    Backup, Guest, GuestSpec, GuestUsage, Hypervisor, HypervisorError, Parent,
     job::Job,
     migration::{Destination, Route},
     rehearsal::{Rehearsal, Rehearsed},
@@ -121,8 +121,11 @@ impl Hypervisor for Moody {
     fn remove(&self, vm: VmId) -> Hyper<()> {
         self.inner.remove(vm)
     }
-    fn back_up(&self, vm: VmId, job: &Job) -> Hyper<Backup> {
-        self.inner.back_up(vm, job)
+    fn back_up(&self, vm: VmId, parent: Option<&Parent>, job: &Job) -> Hyper<Backup> {
+        self.inner.back_up(vm, parent, job)
+    }
+    fn backed_up(&self, vm: VmId, digest: Digest) -> Hyper<()> {
+        self.inner.backed_up(vm, digest)
     }
     fn rehearse(&self, rehearsal: &Rehearsal, job: &Job) -> Hyper<Rehearsed> {
         self.rehearsals.fetch_add(1, Ordering::SeqCst);

@@ -15,7 +15,7 @@ fn wish(world: &World, epoch: u64, expect: &str) -> RehearsalWish {
         size: Capacity { vcpus: 1, memory_bytes: 1 << 20, disk_bytes: 1 << 20 },
         limit_millis: 3_600_000,
         expect: expect.into(),
-        base: ImageWish { digest, format, size_bytes, virtual_bytes: 1 << 20, sources: vec![] },
+        base: ImageWish { digest, format, size_bytes, virtual_bytes: 1 << 20, sources: vec![], parents: vec![] },
     }
 }
 

@@ -7,6 +7,7 @@ use model::VmId;
 use super::{
     super::{GuestPower, GuestSpec, Hypervisor, HypervisorError, OffReason, job::Job, migration::Route},
     PATIENCE,
+    increments::keep,
 };
 
 /// Two hosts, and the ways between them.
@@ -87,6 +88,8 @@ fn it_moves(pair: &Pair, here: &dyn Hypervisor, there: &dyn Hypervisor) {
     let spec = pair.destination.at(vm, 13);
     let to = there.prepare_migration(&spec).expect("prepare");
     assert!(there.finish_migration(&spec, true).is_err(), "nothing has come yet");
+    let full = here.back_up(vm, None, &Job::new(PATIENCE)).expect("back up before it goes");
+    let full = keep(here, vm, &full, &to.disk.with_file_name("kept"));
     here.migrate(vm, &to, pair.to_destination, &Job::new(PATIENCE)).expect("migrate");
     let arrived = [Some(MOVED), Some(GuestPower::Arrived)];
     both(here, there, vm, arrived);
@@ -99,9 +102,9 @@ fn it_moves(pair: &Pair, here: &dyn Hypervisor, there: &dyn Hypervisor) {
         ("reset", there.reset(vm)),
         ("press power", there.press_power(vm)),
         ("start", there.start(&spec)),
-        ("back up", there.back_up(vm, &Job::new(PATIENCE)).map(drop)),
+        ("back up", there.back_up(vm, None, &Job::new(PATIENCE)).map(drop)),
         ("finish under another placement", there.finish_migration(&pair.destination.at(vm, 14), true)),
-        ("back up what has gone", here.back_up(vm, &Job::new(PATIENCE)).map(drop)),
+        ("back up what has gone", here.back_up(vm, None, &Job::new(PATIENCE)).map(drop)),
     ] {
         assert!(matches!(result, Err(HypervisorError::Transient(_))), "{what}: {result:?}");
     }
@@ -112,7 +115,8 @@ fn it_moves(pair: &Pair, here: &dyn Hypervisor, there: &dyn Hypervisor) {
     assert_eq!(there.guests().expect("guests")[0].epoch, 13, "under its new placement");
     here.remove(vm).expect("remove what has moved");
     both(here, there, vm, [None, Some(GuestPower::Running)]);
-    there.back_up(vm, &Job::new(PATIENCE)).expect("back up where it is now");
+    let backup = there.back_up(vm, Some(&full), &Job::new(PATIENCE)).expect("back up where it is now");
+    assert_eq!(backup.parent, None, "what it wrote over there is not known here: all of it");
 }
 
 fn it_comes_back_suspended(pair: &Pair, here: &dyn Hypervisor, there: &dyn Hypervisor) {

@@ -1,13 +1,16 @@
-//! A guest's disk, copied as it is at one moment, into a file that stands alone.
+//! A guest's disk, copied as it is at one moment, into a file that stands alone; or what was written since an earlier
+//! backup, into one that stands on that.
 //!
 //! Running, it is QEMU that copies (libvirt's push mode): the moment is when the copy begins, and whatever the guest
 //! overwrites later is copied first. Around that moment the guest's file systems are frozen, when its agent answers.
-//! Off, `qemu-img` copies. Either way base and overlay become one file, so that a backup needs nothing but itself.
+//! Off, `qemu-img` copies, always all of it. A full copy is base and overlay in one file, so that it needs nothing else.
+//! An increment names its parent by digest alone: in every host's store that is the file beside it.
 //!
 //! What an agent leaves that is killed meanwhile, a job, a file, a frozen guest, is cleared by the next agent's first
-//! look, and by the next backup. Deliberately not here: increments (docs/adr/0021 says why).
+//! look, and by the next backup. Deliberately not here: how it is known what was written (`increment`).
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     path::Path,
     process::{Child, Command, Stdio},
@@ -16,22 +19,25 @@ use std::{
 
 use model::{Consistency, VmId};
 use serde::Deserialize;
+use serde_json::json;
 
 use super::{
     super::{
-        Backup, HypervisorError, Result,
-        domain_xml::backup_xml,
+        Backup, HypervisorError, Parent, Result,
+        domain_xml::{backup_xml, checkpoint_xml},
         guest_dir::{failed, remove_file},
         job::Job,
+        qcow2,
     },
     Libvirt,
-    disk::{allocated_bytes, base_of},
+    disk::allocated_bytes,
     domain_job::{self, GLANCE},
     handle::Handle,
+    increment,
     power::{Record, Seen},
 };
 
-pub fn back_up(h: &Libvirt, vm: VmId, job: &Job) -> Result<Backup> {
+pub fn back_up(h: &Libvirt, vm: VmId, parent: Option<&Parent>, job: &Job) -> Result<Backup> {
     clear(h, vm)?;
     let domain = h.domain(vm)?.ok_or_else(|| HypervisorError::Transient(format!("{vm} is not on this host")))?;
     let seen = domain.seen()?;
@@ -40,14 +46,18 @@ pub fn back_up(h: &Libvirt, vm: VmId, job: &Job) -> Result<Backup> {
     }
     let file = h.dirs.backup(vm);
     let part = file.with_extension("part");
-    let copied =
-        if seen.is_on() { push(h, vm, &domain, &part, job) } else { convert(&h.dirs.paths(vm).disk, &part, job) };
-    let checked = copied.and_then(|consistency| {
+    let copied = if seen.is_on() {
+        push(h, vm, &domain, parent, &part, job)
+    } else {
+        convert(&h.dirs.paths(vm).disk, &part, job).map(|consistency| (consistency, None))
+    };
+    let checked = copied.and_then(|(consistency, parent)| {
         // Also one that was done before its end was noticed: who cancelled it counts on there being no backup.
-        job.must_end()
-            .map_or_else(|| Ok((consistency, check(&part)?)), |why| Err(HypervisorError::Transient(why.into())))
+        job.must_end().map_or(Ok(()), |why| Err(HypervisorError::Transient(why.into())))?;
+        parent.map_or(Ok(()), |parent| stand_on(&part, parent))?;
+        Ok((consistency, parent.map(|parent| parent.digest), check(&part, parent)?))
     });
-    let (consistency, virtual_bytes) = match checked {
+    let (consistency, parent, virtual_bytes) = match checked {
         Ok(checked) => checked,
         Err(e) => {
             remove_file(&part)?;
@@ -56,7 +66,7 @@ pub fn back_up(h: &Libvirt, vm: VmId, job: &Job) -> Result<Backup> {
     };
     fs::rename(&part, &file).map_err(|e| failed("move", &part, e))?;
     let size_bytes = fs::metadata(&file).map_err(|e| failed("look at", &file, e))?.len();
-    Ok(Backup { file, size_bytes, virtual_bytes, consistency })
+    Ok(Backup { file, size_bytes, virtual_bytes, consistency, parent })
 }
 
 /// Ends what an earlier agent, or an earlier attempt, left under way, and removes its files.
@@ -66,6 +76,7 @@ pub fn clear(h: &Libvirt, vm: VmId) -> Result<()> {
         && !h.arrives(vm)?
     {
         domain_job::end(&domain)?;
+        increment::tidy(h, vm, &domain)?;
         if h.dirs.read::<Record>(vm)?.is_some_and(|record| record.frozen) {
             thaw(h, vm, &domain)?;
         }
@@ -76,7 +87,14 @@ pub fn clear(h: &Libvirt, vm: VmId) -> Result<()> {
 }
 
 /// QEMU copies while the guest goes on.
-fn push(h: &Libvirt, vm: VmId, domain: &Handle, part: &Path, job: &Job) -> Result<Consistency> {
+fn push<'a>(
+    h: &Libvirt,
+    vm: VmId,
+    domain: &Handle,
+    parent: Option<&'a Parent>,
+    part: &Path,
+    job: &Job,
+) -> Result<(Consistency, Option<&'a Parent>)> {
     // What ended before this is not this one's outcome.
     domain_job::ended(domain)?;
     // Remembered first: an agent that dies with the guest frozen must not leave it so.
@@ -88,7 +106,7 @@ fn push(h: &Libvirt, vm: VmId, domain: &Handle, part: &Path, job: &Job) -> Resul
             Consistency::Crash
         }
     };
-    let begun = domain.call("backing up", |d| domain_job::begin_backup(d, &backup_xml(part)));
+    let begun = begin(h, vm, domain, parent, part);
     let thawed = if frozen == Consistency::Frozen {
         thaw(h, vm, domain)
     } else {
@@ -96,12 +114,41 @@ fn push(h: &Libvirt, vm: VmId, domain: &Handle, part: &Path, job: &Job) -> Resul
         let _ = domain_job::thaw(&domain.domain);
         h.amend(vm, |record| record.frozen = false)
     };
-    begun?;
+    let parent = begun?;
     let outcome = watch(domain, job);
     if outcome.is_err() {
         domain_job::end(domain)?;
     }
-    outcome.and(thawed).map(|()| frozen)
+    outcome.and(thawed).map(|()| (frozen, parent))
+}
+
+/// An increment if that can be had, else a full copy; and the next may be an increment of it, if that can be had. What it
+/// stands on.
+fn begin<'a>(
+    h: &Libvirt,
+    vm: VmId,
+    domain: &Handle,
+    parent: Option<&'a Parent>,
+    part: &Path,
+) -> Result<Option<&'a Parent>> {
+    let since = parent.map(|parent| increment::of(h, vm, parent.digest)).transpose()?.flatten();
+    let begin = |since: Option<&str>, checkpoint: Option<&str>| {
+        let checkpoint = checkpoint.map(checkpoint_xml);
+        domain.call("backing up", |d| domain_job::begin_backup(d, &backup_xml(part, since), checkpoint.as_deref()))
+    };
+    let next = increment::begin(h, vm)?;
+    if let Some(since) = since {
+        match begin(Some(&since), Some(&next)) {
+            Ok(()) => return Ok(parent),
+            Err(e) => tracing::info!(%vm, error = %e, "what was written since the last backup is not known"),
+        }
+    }
+    if let Err(e) = begin(None, Some(&next)) {
+        tracing::warn!(%vm, error = %e, "what is written from now on cannot be counted; the next backup is a full one");
+        h.amend(vm, |record| record.begun = None)?;
+        begin(None, None)?;
+    }
+    Ok(None)
 }
 
 fn watch(domain: &Handle, job: &Job) -> Result<()> {
@@ -130,7 +177,7 @@ fn thaw(h: &Libvirt, vm: VmId, domain: &Handle) -> Result<()> {
 
 /// `qemu-img` copies what lies there. It takes QEMU's own lock on the disk, so a guest cannot run meanwhile.
 fn convert(disk: &Path, part: &Path, job: &Job) -> Result<Consistency> {
-    let total = allocated_bytes(disk) + base_of(disk).map_or(0, |base| allocated_bytes(&base));
+    let total = allocated_bytes(disk) + qcow2::files_under(disk).iter().map(|file| allocated_bytes(file)).sum::<u64>();
     let said = part.with_extension("said");
     let output = File::create(&said).map_err(|e| failed("make", &said, e))?;
     let mut child = Command::new("qemu-img")
@@ -175,22 +222,29 @@ fn wait(child: &mut Child, must_end: impl Fn() -> Option<&'static str>) -> Resul
 #[serde(rename_all = "kebab-case")]
 struct Info {
     virtual_size: u64,
-    backing_filename: Option<String>,
 }
 
-/// Opens the file as a disk and looks through its tables; the size that a guest sees.
-fn check(file: &Path) -> Result<u64> {
-    qemu_img(&["check", "-q", "-f", "qcow2"], file)?;
-    let told = qemu_img(&["info", "--output=json", "-f", "qcow2"], file)?;
+/// QEMU has written an increment as one of the guest's own disk. What it was copied from is no matter of what it holds.
+fn stand_on(file: &Path, parent: &Parent) -> Result<()> {
+    let name = parent.digest.to_string();
+    qemu_img(&["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", &name], file.as_os_str()).map(drop)
+}
+
+/// Opens the file as a disk, with all that it stands on, and looks through its tables; the size that a guest sees.
+fn check(file: &Path, parent: Option<&Parent>) -> Result<u64> {
+    let stands = qcow2::stands_on(file, parent.map(|parent| parent.digest));
+    stands.map_err(|why| transient(&format!("the backup {why}")))?;
+    let disk = |file: &Path| json!({ "driver": "qcow2", "file": { "driver": "file", "filename": file } });
+    let mut whole = disk(file);
+    whole["backing"] = parent.map_or(json!(null), |parent| disk(&parent.file));
+    qemu_img(&["check", "-q"], OsStr::new(&format!("json:{whole}")))?;
+    let told = qemu_img(&["info", "--output=json", "-f", "qcow2"], file.as_os_str())?;
     let info: Info = serde_json::from_slice(&told).map_err(|e| transient(&format!("qemu-img info: {e}")))?;
-    match info.backing_filename {
-        Some(backing) => Err(transient(&format!("the backup stands on {backing}"))),
-        None => Ok(info.virtual_size),
-    }
+    Ok(info.virtual_size)
 }
 
-fn qemu_img(arguments: &[&str], file: &Path) -> Result<Vec<u8>> {
-    let done = Command::new("qemu-img").args(arguments).arg(file).stdin(Stdio::null()).output();
+fn qemu_img(arguments: &[&str], image: &OsStr) -> Result<Vec<u8>> {
+    let done = Command::new("qemu-img").args(arguments).arg(image).stdin(Stdio::null()).output();
     let done = done.map_err(|e| transient(&format!("cannot run qemu-img: {e}")))?;
     if done.status.success() {
         return Ok(done.stdout);

@@ -91,11 +91,14 @@ pub fn abort(domain: &Domain) -> std::result::Result<(), Error> {
     done(unsafe { sys::virDomainAbortJob(domain.as_ptr()) })
 }
 
-pub fn begin_backup(domain: &Domain, xml: &str) -> std::result::Result<(), Error> {
+/// With a checkpoint, what is written from the same moment on is counted under its name.
+pub fn begin_backup(domain: &Domain, xml: &str, checkpoint: Option<&str>) -> std::result::Result<(), Error> {
     // What `domain_xml` writes has no NUL byte: it is not legal in XML.
-    let xml = CString::new(xml.replace('\0', "")).unwrap_or_default();
-    // SAFETY: the domain and the text are alive for the length of the call; a null checkpoint means none.
-    done(unsafe { sys::virDomainBackupBegin(domain.as_ptr(), xml.as_ptr(), ptr::null(), 0) })
+    let text = |xml: &str| CString::new(xml.replace('\0', "")).unwrap_or_default();
+    let (xml, checkpoint) = (text(xml), checkpoint.map(text));
+    let checkpoint = checkpoint.as_ref().map_or(ptr::null(), |xml| xml.as_ptr());
+    // SAFETY: the domain and the texts are alive for the length of the call; a null checkpoint means none.
+    done(unsafe { sys::virDomainBackupBegin(domain.as_ptr(), xml.as_ptr(), checkpoint, 0) })
 }
 
 /// Freezes every file system of the guest, by its agent; fails at once when that is not connected.

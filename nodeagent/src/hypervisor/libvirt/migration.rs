@@ -31,7 +31,7 @@ use super::{
     },
     Libvirt, Record, Remembered, Seen, backup, domain_job,
     handle::Handle,
-    lock, other_placement,
+    increment, lock, other_placement,
 };
 
 /// A job that must end is told so this often: there are moments when libvirt cannot end it, and passes them by.
@@ -86,6 +86,7 @@ pub fn migrate(h: &Libvirt, vm: VmId, to: &Destination, route: &Route, job: &Job
     }
     h.running(vm)?;
     backup::clear(h, vm)?;
+    increment::forget(h, vm, &domain)?;
     if let Some(why) = job.must_end() {
         return Err(HypervisorError::Transient(why.into()));
     }

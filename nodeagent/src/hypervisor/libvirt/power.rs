@@ -16,7 +16,10 @@ use virt::domain::{
     DomainPausedReason, DomainShutoffReason, DomainState, DomainStateEnum, DomainStateReason, DomainStateReasonEnum,
 };
 
-use super::super::{GuestPower, GuestSpec, OffReason};
+use super::{
+    super::{GuestPower, GuestSpec, OffReason},
+    increment::Since,
+};
 
 /// What the agent remembers about a guest, in its folder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +38,12 @@ pub struct Record {
     /// Its file systems may be frozen for a backup.
     #[serde(default)]
     pub frozen: bool,
+    /// What an increment can be made of.
+    #[serde(default)]
+    pub since: Option<Since>,
+    /// The checkpoint of the last backup, while its bytes have no name yet.
+    #[serde(default)]
+    pub begun: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +86,8 @@ impl Record {
             stopping: false,
             arriving: false,
             frozen: false,
+            since: None,
+            begun: None,
         }
     }
 }
@@ -157,9 +168,22 @@ mod tests {
     use super::*;
 
     fn record(remembered: Remembered, stopping: bool) -> Option<Record> {
-        let (cluster, tenant) = ("demo".into(), "acme".into());
-        let (arriving, frozen) = (false, false);
-        Some(Record { cluster, vm: VmId(1), epoch: 1, tenant, macs: vec![], remembered, stopping, arriving, frozen })
+        let spec = GuestSpec {
+            cluster: "demo".into(),
+            vm: VmId(1),
+            epoch: 1,
+            tenant: "acme".into(),
+            hostname: "web".into(),
+            size: model::Capacity::default(),
+            base: "base".into(),
+            base_format: model::ImageFormat::Raw,
+            base_parents: vec![],
+            base_virtual_bytes: 1,
+            nics: vec![],
+            ssh_keys: vec![],
+            user_data: String::new(),
+        };
+        Some(Record { remembered, stopping, ..Record::new(&spec) })
     }
 
     #[test]

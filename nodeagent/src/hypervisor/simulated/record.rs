@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use model::{Mac, VmId};
+use model::{Digest, Mac, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::super::{Guest, GuestSpec, GuestUsage, HypervisorError, OffReason, Result};
@@ -41,6 +41,9 @@ pub struct SimGuest {
     /// Made for a guest that will come from another host, and not handed over to this one yet.
     #[serde(default)]
     pub expected: bool,
+    /// The backup since which it is known what was written, as long as no crash made that doubtful.
+    #[serde(default)]
+    pub since: Option<Digest>,
     /// Stopped because it may not run, as a process that got SIGSTOP: it still counts as on.
     #[serde(default)]
     pub held: bool,
@@ -86,6 +89,7 @@ impl SimGuest {
             ignores_button: false,
             expected: false,
             held: false,
+            since: None,
             boot: boot_id(),
         }
     }
@@ -102,7 +106,9 @@ impl SimGuest {
     /// Size and name may have changed since the last time.
     pub fn switch_on(&mut self, spec: &GuestSpec, now_nanos: u64) {
         let ignores_button = self.ignores_button;
-        *self = Self { power: Power::On, on_since_nanos: now_nanos, ignores_button, ..Self::new(spec) };
+        let clean = matches!(self.power, Power::Off(Why::ByGuest | Why::ByAgent));
+        let since = self.since.filter(|_| clean);
+        *self = Self { power: Power::On, on_since_nanos: now_nanos, ignores_button, since, ..Self::new(spec) };
     }
 
     /// A disk that was never started is no guest.

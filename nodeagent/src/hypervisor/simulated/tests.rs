@@ -36,6 +36,7 @@ fn spec(vm: u64) -> GuestSpec {
         size: Capacity { vcpus: 1, memory_bytes: 96 << 20, disk_bytes: 1 << 30 },
         base: "/images/base".into(),
         base_format: ImageFormat::Qcow2,
+        base_parents: vec![],
         base_virtual_bytes: 45 << 20,
         nics: vec![],
         ssh_keys: vec![],
