@@ -55,7 +55,11 @@ impl State {
             });
         }
         if !matches!(vm.status(), Status::Running | Status::Suspended | Status::Stopped) {
-            return refuse(format!("{} is {}; only what runs, or is suspended or stopped, can be moved", vm.name, vm.status()));
+            return refuse(format!(
+                "{} is {}; only what runs, or is suspended or stopped, can be moved",
+                vm.name,
+                vm.status()
+            ));
         }
         if vm.backups.pending().is_some() {
             return refuse(format!("a backup of {} is under way", vm.name));

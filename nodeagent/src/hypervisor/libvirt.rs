@@ -7,7 +7,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, OnceLock, atomic::AtomicBool},
     time::Duration,
 };
@@ -26,6 +26,7 @@ use super::{
     seed::seed_image,
 };
 
+mod at_rest;
 mod backup;
 mod connection;
 mod disk;
@@ -364,7 +365,9 @@ impl Hypervisor for Libvirt {
                 return Err(other_placement(spec, mark.epoch));
             }
             let seen = domain.seen()?;
-            if seen.is_on() && seen != Seen::Running && self.arrives(vm)? {
+            let comes = self.dirs.read::<Record>(vm)?.filter(|record| record.arriving);
+            let at_rest = comes.as_ref().is_some_and(|record| record.remembered == Remembered::Arrived);
+            if at_rest || (comes.is_some() && seen.is_on() && seen != Seen::Running) {
                 return Err(not_handed_over(vm));
             }
             if seen.is_on() {
@@ -455,6 +458,18 @@ impl Hypervisor for Libvirt {
 
     fn migrate(&self, vm: VmId, to: &Destination, route: &Route, job: &Job) -> Result<()> {
         migration::migrate(self, vm, to, route, job)
+    }
+
+    fn disk_at_rest(&self, vm: VmId) -> Result<Option<PathBuf>> {
+        at_rest::disk(self, vm)
+    }
+
+    fn take_in(&self, spec: &GuestSpec, disk: &Path) -> Result<()> {
+        at_rest::take_in(self, spec, disk)
+    }
+
+    fn let_go(&self, vm: VmId) -> Result<()> {
+        at_rest::let_go(self, vm)
     }
 
     fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Result<()> {

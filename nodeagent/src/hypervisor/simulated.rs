@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard},
     thread,
     time::Duration,
@@ -28,6 +28,7 @@ use crate::{
     lease::{Permit, Verdict},
 };
 
+mod at_rest;
 mod backup;
 mod control;
 mod effect;
@@ -410,6 +411,18 @@ impl Hypervisor for Simulated {
         migration::migrate(self, vm, to, job)
     }
 
+    fn disk_at_rest(&self, vm: VmId) -> Result<Option<PathBuf>> {
+        at_rest::disk(self, vm)
+    }
+
+    fn take_in(&self, spec: &GuestSpec, disk: &Path) -> Result<()> {
+        at_rest::take_in(self, spec, disk)
+    }
+
+    fn let_go(&self, vm: VmId) -> Result<()> {
+        at_rest::let_go(self, vm)
+    }
+
     fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Result<()> {
         migration::finish(self, spec, run)
     }
@@ -479,7 +492,7 @@ impl From<SimGuest> for GuestPower {
             Power::On => Self::Running,
             Power::Suspended => Self::Suspended,
             Power::Arriving => Self::Arriving,
-            Power::Arrived => Self::Arrived,
+            Power::Arrived | Power::ArrivedOff => Self::Arrived,
             Power::Made => Self::Off(OffReason::Unknown),
             Power::Off(why) => Self::Off(why.into()),
         }

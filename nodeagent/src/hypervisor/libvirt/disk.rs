@@ -26,27 +26,48 @@ pub fn make_overlay(spec: &GuestSpec, disk: &Path) -> Result<()> {
             spec.base_virtual_bytes, spec.size.disk_bytes
         )));
     }
+    let (base, format) = base(spec)?;
+    let part = disk.with_extension("part");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).args([&base, &part]);
+    run(create.arg(spec.size.disk_bytes.to_string()), "make the disk")?;
+    fs::rename(&part, disk).map_err(|e| failed("move", &part, e))
+}
+
+/// An overlay from another host names the base by its path there. One that stands alone stays so.
+pub fn stand_on_base(spec: &GuestSpec, disk: &Path) -> Result<()> {
+    names_no_data_file(&header(disk)?)
+        .map_err(|why| HypervisorError::Permanent(format!("the disk {}: {why}", disk.display())))?;
+    if base_of(disk).is_none() {
+        return Ok(());
+    }
+    let (base, format) = base(spec)?;
+    // `-u`: only the name; the same bytes are there by digest.
+    let mut rebase = Command::new("qemu-img");
+    rebase.args(["rebase", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]).args([&base, disk]);
+    run(&mut rebase, "put the disk on its base")
+}
+
+/// The base by its full path, for an overlay's header, and its format.
+fn base(spec: &GuestSpec) -> Result<(PathBuf, &'static str)> {
     let base = path::absolute(&spec.base).map_err(|e| failed("find", &spec.base, e))?;
-    let format = match spec.base_format {
-        ImageFormat::Raw => "raw",
+    match spec.base_format {
+        ImageFormat::Raw => Ok((base, "raw")),
         ImageFormat::Qcow2 => {
             refuse_references(&base)?;
-            "qcow2"
+            Ok((base, "qcow2"))
         }
-    };
-    let part = disk.with_extension("part");
-    let made = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "-F", format, "-b"])
-        .args([&base, &part])
-        .arg(spec.size.disk_bytes.to_string())
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|e| HypervisorError::Transient(format!("cannot run qemu-img: {e}")))?;
-    if !made.status.success() {
-        let said = String::from_utf8_lossy(&made.stderr);
-        return Err(HypervisorError::Transient(format!("qemu-img cannot make the disk: {}", said.trim())));
     }
-    fs::rename(&part, disk).map_err(|e| failed("move", &part, e))
+}
+
+fn run(command: &mut Command, what: &str) -> Result<()> {
+    let done = command.stdin(Stdio::null()).output();
+    let done = done.map_err(|e| HypervisorError::Transient(format!("cannot run qemu-img: {e}")))?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&done.stderr);
+    Err(HypervisorError::Transient(format!("qemu-img cannot {what}: {}", said.trim())))
 }
 
 /// Bytes that a file takes on the host's disk; 0 when it is not there.
@@ -76,29 +97,44 @@ const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 /// Images are checked when they are imported. Once more here, where a backing file or a data file named in the header
 /// would let a guest read the host's files.
 fn refuse_references(base: &Path) -> Result<()> {
-    // Version 2 headers end after 72 bytes; what follows in such a file are not features.
-    let mut header = [0; 80];
-    match File::open(base).and_then(|mut f| f.read_exact(&mut header)) {
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {}
-        other => other.map_err(|e| failed("read", base, e))?,
-    }
+    let header = header(base)?;
     stands_alone(&header).map_err(|why| HypervisorError::Permanent(format!("the image {}: {why}", base.display())))
 }
 
+type Header = [u8; 80];
+
+/// Zeros where the file is shorter.
+fn header(file: &Path) -> Result<Header> {
+    let mut header = [0; 80];
+    match File::open(file).and_then(|mut f| f.read_exact(&mut header)) {
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {}
+        other => other.map_err(|e| failed("read", file, e))?,
+    }
+    Ok(header)
+}
+
+fn stands_alone(header: &Header) -> std::result::Result<(), &'static str> {
+    names_no_data_file(header)?;
+    if number(header, 8) != 0 { Err("names a backing file") } else { Ok(()) }
+}
+
 /// Fields of the qcow2 header, from QEMU's docs/interop/qcow2.txt.
-fn stands_alone(header: &[u8; 80]) -> std::result::Result<(), &'static str> {
-    let number = |at: usize| u64::from_be_bytes(std::array::from_fn(|i| header[at + i]));
+fn names_no_data_file(header: &Header) -> std::result::Result<(), &'static str> {
     const EXTERNAL_DATA_FILE: u64 = 1 << 2;
     if &header[..4] != QCOW2_MAGIC {
         return Err("is not qcow2");
     }
-    let version = number(0) & 0xffff_ffff;
-    match version {
-        2 | 3 if number(8) != 0 => Err("names a backing file"),
-        3 if number(72) & EXTERNAL_DATA_FILE != 0 => Err("names a data file"),
-        2 | 3 => Ok(()),
+    match number(header, 0) & 0xffff_ffff {
+        // Its header ends after 72 bytes; what follows are no features.
+        2 => Ok(()),
+        3 if number(header, 72) & EXTERNAL_DATA_FILE != 0 => Err("names a data file"),
+        3 => Ok(()),
         _ => Err("is of an unknown version of qcow2"),
     }
+}
+
+fn number(header: &Header, at: usize) -> u64 {
+    u64::from_be_bytes(std::array::from_fn(|i| header[at + i]))
 }
 
 #[cfg(test)]

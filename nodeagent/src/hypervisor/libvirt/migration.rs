@@ -153,6 +153,15 @@ pub fn finish(h: &Libvirt, spec: &GuestSpec, run: bool) -> Result<()> {
     if let Some(mark) = domain.mark()?.filter(|mark| mark.epoch != spec.epoch) {
         return Err(other_placement(spec, mark.epoch));
     }
+    let record = h.dirs.read::<Record>(vm)?;
+    match record.as_ref().map(|record| (record.arriving, record.remembered)) {
+        Some((true, Remembered::Arrived)) => {
+            return h.amend(vm, |record| (record.arriving, record.remembered) = (false, Remembered::OffByAgent));
+        }
+        // Taken over already: whether it is on since is for others to say.
+        Some((false, _)) => return Ok(()),
+        _ => {}
+    }
     if h.arrives(vm)? {
         match arrival(&domain)? {
             Some(GuestPower::Arrived) if run => domain.call("resuming", |d| d.resume().map(drop))?,

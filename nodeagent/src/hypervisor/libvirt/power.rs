@@ -46,6 +46,8 @@ pub enum Remembered {
     OffByAgent,
     Crashed,
     Moved,
+    /// Off when it left another host. Its disk is here, and it was not handed over to this one yet.
+    Arrived,
 }
 
 /// What libvirt says.
@@ -149,6 +151,7 @@ fn power_of(remembered: Remembered) -> GuestPower {
         Remembered::OffByAgent => GuestPower::Off(OffReason::ByAgent),
         Remembered::Crashed => GuestPower::Off(OffReason::Crashed),
         Remembered::Moved => GuestPower::Off(OffReason::Moved),
+        Remembered::Arrived => GuestPower::Arrived,
     }
 }
 
@@ -183,6 +186,7 @@ mod tests {
             (record(R::On, true), S::Moved, P::Off(O::Moved), Some(R::Moved)),
             (record(R::Moved, false), S::Off, P::Off(O::Moved), None),
             (record(R::OffByAgent, true), S::Moved, P::Off(O::ByAgent), None),
+            (record(R::Arrived, false), S::Off, P::Arrived, None),
             // libvirtd restarted and forgot why.
             (record(R::OffByGuest, false), S::Off, P::Off(O::ByGuest), None),
             (record(R::OffByAgent, true), S::Off, P::Off(O::ByAgent), None),

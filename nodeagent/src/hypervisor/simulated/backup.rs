@@ -39,7 +39,7 @@ pub fn clear(dirs: &GuestDirs, vm: VmId) -> Result<()> {
 }
 
 /// Fields of the qcow2 header, from QEMU's docs/interop/qcow2.txt; then a sentence, which makes each one different.
-fn image(guest: &SimGuest) -> Vec<u8> {
+pub fn image(guest: &SimGuest) -> Vec<u8> {
     let mut header = vec![0; 104];
     header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
     header[20..24].copy_from_slice(&16u32.to_be_bytes());

@@ -57,6 +57,8 @@ pub enum Power {
     /// It is on its way to here from another host.
     Arriving,
     Arrived,
+    /// It came as a disk, off.
+    ArrivedOff,
     Off(Why),
 }
 
@@ -96,7 +98,7 @@ impl SimGuest {
 
     /// It is on its way, or here and not handed over.
     pub fn is_coming(&self) -> bool {
-        matches!(self.power, Power::Arriving | Power::Arrived)
+        matches!(self.power, Power::Arriving | Power::Arrived | Power::ArrivedOff)
     }
 
     /// Size and name may have changed since the last time.
