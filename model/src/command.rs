@@ -208,7 +208,7 @@ pub enum OperatorCommand {
     ArmRecovery {
         armed: bool,
     },
-    /// Move a machine to that host while it runs. The entry's index is the epoch that it will have there.
+    /// Move a machine to that host, as it runs or while it is stopped. The entry's index is the epoch that it will have there.
     MigrateVm {
         vm: VmId,
         to: NodeId,

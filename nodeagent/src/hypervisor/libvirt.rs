@@ -18,7 +18,7 @@ use virt::sys;
 use super::{
     Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, Result,
     domain_xml::{Mark, domain_uuid, domain_xml, name_prefix},
-    guest_dir::{GuestDirs, failed, write_whole},
+    guest_dir::{GuestDirs, write_whole},
     job::Job,
     migration::{Destination, Route},
     qemu_process,
@@ -349,12 +349,7 @@ impl Hypervisor for Libvirt {
     }
 
     fn check_disk(&self, vm: VmId) -> Result<()> {
-        let disk = self.dirs.paths(vm).disk;
-        match disk.try_exists() {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(HypervisorError::Permanent(format!("its disk is gone: {}", disk.display()))),
-            Err(e) => Err(failed("look at", &disk, e)),
-        }
+        disk::must_be_there(&self.dirs.paths(vm).disk)
     }
 
     fn start(&self, spec: &GuestSpec) -> Result<()> {
@@ -365,11 +360,7 @@ impl Hypervisor for Libvirt {
                 return Err(other_placement(spec, mark.epoch));
             }
             let seen = domain.seen()?;
-            let comes = self.dirs.read::<Record>(vm)?.filter(|record| record.arriving);
-            let at_rest = comes.as_ref().is_some_and(|record| record.remembered == Remembered::Arrived);
-            if at_rest || (comes.is_some() && seen.is_on() && seen != Seen::Running) {
-                return Err(not_handed_over(vm));
-            }
+            migration::must_not_be_coming(self, vm, seen)?;
             if seen.is_on() {
                 return self.amend(vm, |record| record.stopping = false);
             }

@@ -17,7 +17,7 @@ use model::{Capacity, HypervisorKind, VmId, telemetry::NodeStatus};
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
-    Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason, Result,
+    Backup, Guest, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason, Result,
     guest_dir::GuestDirs,
     job::Job,
     migration::{Destination, Route},
@@ -484,19 +484,6 @@ fn mix(state: u64) -> u64 {
     let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
-}
-
-impl From<SimGuest> for GuestPower {
-    fn from(guest: SimGuest) -> Self {
-        match guest.power {
-            Power::On => Self::Running,
-            Power::Suspended => Self::Suspended,
-            Power::Arriving => Self::Arriving,
-            Power::Arrived | Power::ArrivedOff => Self::Arrived,
-            Power::Made => Self::Off(OffReason::Unknown),
-            Power::Off(why) => Self::Off(why.into()),
-        }
-    }
 }
 
 #[cfg(test)]

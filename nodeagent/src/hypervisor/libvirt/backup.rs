@@ -19,7 +19,7 @@ use serde::Deserialize;
 
 use super::{
     super::{
-        Backup, HypervisorError, Result,
+        Backup, GuestPower, HypervisorError, OffReason, Result,
         domain_xml::backup_xml,
         guest_dir::{failed, remove_file},
         job::Job,
@@ -28,14 +28,15 @@ use super::{
     disk::{allocated_bytes, base_of},
     domain_job::{self, GLANCE},
     handle::Handle,
-    power::{Record, Seen},
+    power::Record,
 };
 
 pub fn back_up(h: &Libvirt, vm: VmId, job: &Job) -> Result<Backup> {
     clear(h, vm)?;
     let domain = h.domain(vm)?.ok_or_else(|| HypervisorError::Transient(format!("{vm} is not on this host")))?;
     let seen = domain.seen()?;
-    if h.arrives(vm)? || seen == Seen::Moved {
+    // By what is remembered: libvirt forgets that a guest moved, and knows nothing of one that was off.
+    if h.arrives(vm)? || h.observe(vm, &domain)? == GuestPower::Off(OffReason::Moved) {
         return Err(HypervisorError::Transient(format!("{vm} is moving between hosts")));
     }
     let file = h.dirs.backup(vm);

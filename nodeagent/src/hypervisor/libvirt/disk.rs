@@ -70,6 +70,14 @@ fn run(command: &mut Command, what: &str) -> Result<()> {
     Err(HypervisorError::Transient(format!("qemu-img cannot {what}: {}", said.trim())))
 }
 
+pub fn must_be_there(disk: &Path) -> Result<()> {
+    match disk.try_exists() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(HypervisorError::Permanent(format!("its disk is gone: {}", disk.display()))),
+        Err(e) => Err(failed("look at", disk, e)),
+    }
+}
+
 /// Bytes that a file takes on the host's disk; 0 when it is not there.
 pub fn allocated_bytes(file: &Path) -> u64 {
     // POSIX counts blocks of 512 bytes whatever the file system's own are.

@@ -31,7 +31,7 @@ use super::{
     },
     Libvirt, Record, Remembered, Seen, backup, domain_job,
     handle::Handle,
-    lock, other_placement,
+    lock, not_handed_over, other_placement,
 };
 
 /// A job that must end is told so this often: there are moments when libvirt cannot end it, and passes them by.
@@ -54,6 +54,14 @@ pub fn arrival(domain: &Handle) -> Result<Option<GuestPower>> {
     }
     let persistent = domain.call("looking at", |d| d.is_persistent())?;
     Ok(Some(if persistent { GuestPower::Arrived } else { GuestPower::Arriving }))
+}
+
+/// What has come and was not handed over is not switched on.
+pub fn must_not_be_coming(h: &Libvirt, vm: VmId, seen: Seen) -> Result<()> {
+    let record = h.dirs.read::<Record>(vm)?.filter(|record| record.arriving);
+    let paused = seen.is_on() && seen != Seen::Running;
+    let coming = |record: Record| paused || record.remembered == Remembered::Arrived;
+    if record.is_some_and(coming) { Err(not_handed_over(vm)) } else { Ok(()) }
 }
 
 pub fn prepare(h: &Libvirt, spec: &GuestSpec) -> Result<Destination> {

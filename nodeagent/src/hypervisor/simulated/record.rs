@@ -8,7 +8,7 @@ use std::{
 use model::{Mac, VmId};
 use serde::{Deserialize, Serialize};
 
-use super::super::{Guest, GuestSpec, GuestUsage, HypervisorError, OffReason, Result};
+use super::super::{Guest, GuestPower, GuestSpec, GuestUsage, HypervisorError, OffReason, Result};
 use crate::clock::boot_id;
 
 /// How busy a simulated guest keeps each of its CPUs: what an idle Linux guest was seen to use.
@@ -145,6 +145,19 @@ impl SimGuest {
 /// The record in a folder of any kind; `None` when there is none that can be read.
 pub fn read_kept(dir: &Path) -> Option<SimGuest> {
     serde_json::from_slice(&fs::read(dir.join("guest.json")).ok()?).ok()
+}
+
+impl From<SimGuest> for GuestPower {
+    fn from(guest: SimGuest) -> Self {
+        match guest.power {
+            Power::On => Self::Running,
+            Power::Suspended => Self::Suspended,
+            Power::Arriving => Self::Arriving,
+            Power::Arrived | Power::ArrivedOff => Self::Arrived,
+            Power::Made => Self::Off(OffReason::Unknown),
+            Power::Off(why) => Self::Off(why.into()),
+        }
+    }
 }
 
 impl From<OffReason> for Why {
