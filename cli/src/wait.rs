@@ -110,7 +110,7 @@ fn judge(vm: Option<&Vm>, goal: Goal) -> Option<Result<(), ApiError>> {
     if let Goal::Moved(epoch) = goal {
         let moves =
             vm.migration.as_ref().is_some_and(|migration| migration.epoch == epoch && migration.stage == "moving");
-        let here = vm.epoch == epoch && matches!(vm.status.as_str(), "running" | "suspended");
+        let here = vm.epoch == epoch && matches!(vm.status.as_str(), "running" | "suspended" | "stopped");
         let failed = || ApiError::new("failed", format!("{} '{}' was not moved: {}", vm.id, vm.name, vm.move_failure));
         if here || (!moves && vm.epoch < epoch) {
             return Some(if here { Ok(()) } else { Err(failed()) });
@@ -179,6 +179,8 @@ mod tests {
         assert_eq!(judge(Some(&Vm { status: "migrating".into(), ..moving("moving", 7) }), Goal::Moved(9)), None);
         assert_eq!(judge(Some(&Vm { status: "resuming".into(), ..moving("handed-over", 9) }), Goal::Moved(9)), None);
         assert_eq!(judge(Some(&moving("handed-over", 9)), Goal::Moved(9)), Some(Ok(())));
+        let off = Vm { status: "stopped".into(), ..moving("handed-over", 9) };
+        assert_eq!(judge(Some(&off), Goal::Moved(9)), Some(Ok(())), "it stays stopped");
         let error = judge(Some(&moving("given-up", 7)), Goal::Moved(9)).unwrap().unwrap_err();
         assert_eq!(error.message, "vm-1 'web' was not moved: no route");
         let error = judge(Some(&vm("failed", 0)), running).unwrap().unwrap_err();

@@ -211,7 +211,7 @@ pub enum OperatorCommand {
     ArmRecovery {
         armed: bool,
     },
-    /// Move a machine to that host while it runs. The entry's index is the epoch that it will have there.
+    /// Move a machine to that host, as it runs or while it is stopped. The entry's index is the epoch that it will have there.
     MigrateVm {
         vm: VmId,
         to: NodeId,
@@ -319,10 +319,12 @@ pub struct MoveReport {
 pub enum MoveOutcome {
     /// By the source: it is off here because it left, and does not run here again unless the move is given up.
     Left,
-    /// By the destination: all of it is here, paused, and does not run here before it is handed over.
+    /// By the destination: all of it is here, paused or off, and does not run here before it is handed over.
     Arrived,
     /// By either: it will not come to anything.
     Failed(String),
+    /// By the source: it was stopped before anything of it was made here. There is nothing that would have to go.
+    Nothing,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,7 +12,7 @@ use api::{
     proto::{
         Chunk, ConsoleLogReply, DescribeArrivalReply, DescribeArrivalRequest, Done, GetImageBytesRequest,
         GuestConsoleLogRequest, ListQuarantineReply, ListQuarantineRequest, ProbeReply, ProbeRequest, PutImageRequest,
-        QuarantineEntry, RelayRequest, node_data_server::NodeData, put_image_request::Part,
+        QuarantineEntry, RelayRequest, SendDiskRequest, node_data_server::NodeData, put_image_request::Part,
     },
     tls::peer_identity,
 };
@@ -185,6 +185,10 @@ impl NodeData for DataService {
 
     async fn relay(&self, request: Request<Streaming<RelayRequest>>) -> Result<Response<Self::RelayStream>, Status> {
         relay::serve(&self.host.arrivals, request).await.map(Response::new)
+    }
+
+    async fn send_disk(&self, request: Request<Streaming<SendDiskRequest>>) -> Result<Response<Done>, Status> {
+        relay::disk::receive(&self.host, request).await.map(Response::new)
     }
 }
 

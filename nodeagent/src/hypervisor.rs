@@ -3,7 +3,10 @@
 //! Calls block; the executor runs them on blocking threads. Every call is idempotent: asking for what already is
 //! succeeds. Deliberately not here: deciding anything, retrying, and the difference between wanted and found.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use model::{Capacity, Consistency, Digest, HypervisorKind, ImageFormat, Mac, NetworkId, VmId, telemetry::NodeStatus};
 
@@ -64,7 +67,7 @@ pub enum GuestPower {
     Suspended,
     /// Its memory and disk are on their way to here. It runs elsewhere.
     Arriving,
-    /// All of it is here, and paused. It runs nowhere, and must not run here before the quorum has handed it over.
+    /// All of it is here, paused or off. It runs nowhere, and must not run here before the quorum has handed it over.
     Arrived,
     /// Defined but not running.
     Off(OffReason),
@@ -192,10 +195,18 @@ pub trait Hypervisor: Send + Sync {
     /// and has arrived there. After an error `guests` tells what became of it: it is on here in nearly every case, and
     /// off as moved when only the answer was lost. One that has moved stays so.
     fn migrate(&self, vm: VmId, to: &Destination, route: &Route, job: &Job) -> Result<()>;
+    /// On the source: the disk of a guest that is off, a file that may be sent whole while nobody starts it; `None` when it
+    /// is on, and can be moved as it runs. Refused when it has moved, or has come and was not handed over.
+    fn disk_at_rest(&self, vm: VmId) -> Result<Option<PathBuf>>;
+    /// On the destination, after `prepare_migration`: `disk` came whole and verified, in the guest's folder. It is the
+    /// guest's from now on, which has then arrived, off. Refused under another placement. What is taken in stays so.
+    fn take_in(&self, spec: &GuestSpec, disk: &Path) -> Result<()>;
+    /// On the source, when the destination has taken in its disk: it is off here because it moved. Refused when it is on.
+    fn let_go(&self, vm: VmId) -> Result<()>;
     /// On the destination, when the quorum has handed it over: what has arrived is a guest of this host from now on,
-    /// running or suspended. Refused while it is still arriving, or under another placement.
+    /// running or suspended, or off when it came so. Refused while it is still arriving, or under another placement.
     fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Result<()>;
-    /// On the source, when the quorum has given the migration up: it goes on here. One that has moved counts as switched
+    /// On the source, when the quorum has given the migration up: it goes on here, or stays off. One that has moved counts as switched
     /// off by this agent, and `start` boots it from its disk. (On the destination: `remove`.)
     fn cancel_migration(&self, vm: VmId) -> Result<()>;
     /// Switch off and undefine a guest that nobody wants here, and move its disk aside, kept and listed by the host:

@@ -10,7 +10,8 @@
 //! migrates. Therefore the door is open to one host only, that the quorum named as the source, for one machine under one
 //! placement, and only until it has come or was given up.
 //!
-//! Here is the destination's side; the source's is in `departure`. Deliberately not here: when a guest moves.
+//! Here is the destination's side; the source's is in `departure`. A machine that is off needs no sockets: its disk goes
+//! through the same connection in one call (`disk`). Deliberately not here: when a guest moves.
 
 use std::{
     collections::BTreeMap,
@@ -47,13 +48,15 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status, Streaming};
 
 use crate::hypervisor::{
+    GuestSpec,
     domain_xml::name_prefix,
     migration::{Destination, Route},
 };
 
-pub use departure::{Departure, DepartureError};
+pub use departure::{Departure, DepartureError, ask};
 
 mod departure;
+pub mod disk;
 
 /// Bytes of a socket in one message, and messages between network and socket: as for images, half a megabyte in all,
 /// since a migration measures its speed by how soon bytes are taken.
@@ -76,6 +79,8 @@ pub struct Arrivals {
 pub struct Arrival {
     /// The host that it comes from.
     pub source: NodeId,
+    /// What it will be here.
+    pub spec: GuestSpec,
     /// What was prepared for it, under the placement that it will have.
     pub destination: Destination,
 }
@@ -133,7 +138,7 @@ impl Arrivals {
     }
 
     /// What is expected, if `peer` is who it comes from.
-    fn find(&self, vm: &str, epoch: u64, peer: Option<String>) -> Result<(VmId, Destination), Status> {
+    fn find(&self, vm: &str, epoch: u64, peer: Option<String>) -> Result<(VmId, Arrival), Status> {
         let peer = peer.ok_or_else(|| ApiError::unauthenticated("a certificate of this cloud is needed"))?;
         let vm: VmId = vm.parse().map_err(|()| ApiError::invalid("vm must be an id such as vm-17"))?;
         let expected = self.expected();
@@ -142,7 +147,7 @@ impl Arrivals {
         if peer != arrival.source.to_string() {
             return Err(ApiError::forbidden(format!("{vm} is not expected from {peer}")).into());
         }
-        Ok((vm, arrival.destination.clone()))
+        Ok((vm, arrival.clone()))
     }
 
     fn socket(&self, vm: VmId, channel: RelayChannel) -> Result<PathBuf, Status> {
@@ -170,7 +175,7 @@ pub fn describe(
     request: &Request<DescribeArrivalRequest>,
 ) -> Result<DescribeArrivalReply, Status> {
     let asked = request.get_ref();
-    let (_, found) = arrivals.find(&asked.vm, asked.epoch, peer_identity(request))?;
+    let (_, Arrival { destination: found, .. }) = arrivals.find(&asked.vm, asked.epoch, peer_identity(request))?;
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let bridge = |(mac, bridge): &(model::Mac, String)| ArrivalBridge {
         mac: Bytes::copy_from_slice(&mac.0),

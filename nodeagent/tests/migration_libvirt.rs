@@ -15,7 +15,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use api::tls::{CertificateAuthority, Identity};
+use api::{
+    proto::node_data_client::NodeDataClient,
+    tls::{CertificateAuthority, Identity},
+};
 use model::{NodeId, VmId};
 use nodeagent::{
     agent::serve_data,
@@ -27,10 +30,11 @@ use nodeagent::{
         migration::Route,
     },
     network::simulated::SimulatedNetwork,
-    relay::{Arrival, Arrivals, Departure},
+    relay::{self, Arrival, Arrivals, Departure},
 };
 use storage::images::ImageStore;
 use tokio::{net::TcpListener, runtime::Runtime};
+use tonic::transport::Channel;
 
 use host::{CLUSTER, Host, wait};
 
@@ -88,6 +92,50 @@ fn a_booted_guest_goes_on_where_it_was_through_the_agents_own_connection() {
     // One that was being written in that moment is torn.
     assert!(last < first && first <= last + 3, "nothing was lost and nothing ran twice: {last}, then {first}");
     here.remove(VM).unwrap();
+    assert_eq!(cloud.powers(), [None, Some(GuestPower::Running)]);
+}
+
+#[test]
+fn a_guest_that_is_off_boots_where_it_went_with_what_it_wrote() {
+    if std::env::var_os("TREFOIL_TEST_IMAGE").is_none() {
+        return println!("skipped: TREFOIL_TEST_IMAGE names no image");
+    }
+    let (Some(one), Some(two)) = (Host::start(1), Host::start(2)) else { return };
+    let cloud = Cloud::new(one, two);
+    let (here, there) = (&cloud.one.hypervisor, &cloud.two.hypervisor);
+    let user_data = "#!/bin/sh\nif [ -f /data/note ]; then echo \"found $(cat /data/note)\" > /dev/ttyS0; else \
+                     echo 4711 > /data/note; sync; echo written > /dev/ttyS0; fi\n";
+    let spec = GuestSpec { epoch: 10, user_data: user_data.into(), ..cloud.one.host.spec(VM.0) };
+    here.make_disk(&spec).unwrap();
+    here.start(&spec).unwrap();
+    let says = |h: &Libvirt, line: &str| {
+        let console = String::from_utf8_lossy(&h.console_log(VM, 1 << 20).unwrap()).into_owned();
+        // The prompt of its shell may stand before it.
+        console.lines().any(|said| said.trim().ends_with(line))
+    };
+    wait("the guest has written", || says(here, "written"));
+    here.power_off(VM).unwrap();
+
+    let expected = GuestSpec { epoch: 11, user_data: user_data.into(), ..cloud.two.host.spec(VM.0) };
+    // The first time it breaks off: nothing of it is there, and nothing is lost here.
+    let client = cloud.expect(&cloud.one, &cloud.two, &expected);
+    let disk = here.disk_at_rest(VM).unwrap().expect("it is off");
+    let missing = disk.with_file_name("missing");
+    let job = || Arc::new(Job::new(PATIENCE));
+    let broken = cloud.runtime.block_on(relay::disk::send(client.clone(), VM, 11, missing, job()));
+    assert!(broken.is_err(), "there is nothing to be read");
+    assert_eq!(cloud.powers(), [Some(GuestPower::Off(OffReason::ByAgent)), None]);
+
+    let (started, job) = (Instant::now(), job());
+    cloud.runtime.block_on(relay::disk::send(client, VM, 11, disk, job.clone())).unwrap();
+    println!("sent in {:?}, {:?}", started.elapsed(), job.progress());
+    here.let_go(VM).unwrap();
+    assert_eq!(cloud.powers(), [Some(MOVED), Some(GuestPower::Arrived)]);
+    there.finish_migration(&expected, true).unwrap();
+    here.remove(VM).unwrap();
+    there.start(&expected).unwrap();
+    wait("the guest finds what it wrote", || says(there, "found 4711"));
+    assert!(!says(there, "written"), "it is the same disk");
     assert_eq!(cloud.powers(), [None, Some(GuestPower::Running)]);
 }
 
@@ -227,11 +275,18 @@ impl Cloud {
 
     /// What the quorum would ask of both sides.
     fn prepare(&self, from: &Member, to: &Member, spec: &GuestSpec) -> Departure {
-        let destination = to.hypervisor.prepare_migration(spec).unwrap();
-        to.agent.arrivals.expect(VM, Arrival { source: from.agent.node, destination });
+        self.expect(from, to, spec);
         let agent = &from.agent;
         let opened = Departure::open(&agent.arrivals, &agent.identity, &to.address, VM, spec.epoch);
         self.runtime.block_on(opened).unwrap()
+    }
+
+    /// Only the destination's part; gives the way to it.
+    fn expect(&self, from: &Member, to: &Member, spec: &GuestSpec) -> NodeDataClient<Channel> {
+        let destination = to.hypervisor.prepare_migration(spec).unwrap();
+        to.agent.arrivals.expect(VM, Arrival { source: from.agent.node, spec: spec.clone(), destination });
+        let asked = relay::ask(&from.agent.identity, &to.address, VM, spec.epoch);
+        self.runtime.block_on(asked).unwrap().0
     }
 
     /// As libvirt sees it: the agents here see the same sockets from outside the hosts.

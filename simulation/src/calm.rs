@@ -87,13 +87,36 @@ pub fn settle(cloud: &mut Cloud) {
     }
 }
 
+/// What owners have stopped runs again, wherever it was moved meanwhile, on the disk that it had.
+pub fn start_what_is_stopped(cloud: &mut Cloud) {
+    let written = |cloud: &Cloud, vm: VmId| {
+        let placement = cloud.around.quorum.state.vms().get(&vm)?.placement?;
+        let guest = cloud.hosts.get(&placement.node)?.guests.get(&vm)?;
+        (guest.epoch == placement.epoch).then_some(guest.written)
+    };
+    let stopped = run_all_that_is(cloud, Status::Stopped);
+    let before: Vec<(VmId, Option<u64>)> = stopped.into_iter().map(|vm| (vm, written(cloud, vm))).collect();
+    settle(cloud);
+    for (vm, before) in before {
+        let after = written(cloud, vm);
+        if before > after {
+            cloud.around.broken(format!("{vm} had written {before:?} when it was started, and then has {after:?}"));
+        }
+    }
+}
+
 fn ask_again(cloud: &mut Cloud) {
-    let failed = |vm: &&Vm| vm.status() == Status::Failed;
-    let vms: Vec<VmId> = cloud.around.quorum.state.vms().values().filter(failed).map(|vm| vm.id).collect();
-    for vm in vms {
+    run_all_that_is(cloud, Status::Failed);
+}
+
+fn run_all_that_is(cloud: &mut Cloud, status: Status) -> Vec<VmId> {
+    let fits = |vm: &&Vm| vm.status() == status;
+    let vms: Vec<VmId> = cloud.around.quorum.state.vms().values().filter(fits).map(|vm| vm.id).collect();
+    for vm in vms.iter().copied() {
         let wanted = Wanted::Running;
         cloud.write(Command::Tenant(TenantCommand::SetVmPower { vm, wanted, stop_grace_millis: 0 }));
     }
+    vms
 }
 
 /// What is not as it should be yet, in one sentence.

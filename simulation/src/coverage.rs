@@ -25,6 +25,8 @@ pub const REQUIRED: &[&str] = &[
     MACHINE_RETRIED,
     MOVE_GIVEN_UP,
     MACHINE_MOVED,
+    MACHINE_MOVED_OFF,
+    MACHINE_MOVED_UNMADE,
     MACHINE_TWICE,
     NODE_LOST,
     NODE_REMOVED,
@@ -57,6 +59,8 @@ pub const MACHINE_EXPIRED: &str = "transitions given up";
 pub const MACHINE_RECOVERED: &str = "machines taken from lost nodes";
 pub const MACHINE_RETRIED: &str = "machines retried";
 pub const MACHINE_MOVED: &str = "machines handed over";
+pub const MACHINE_MOVED_OFF: &str = "machines handed over while they were stopped";
+pub const MACHINE_MOVED_UNMADE: &str = "machines handed over before anything of them was made";
 pub const MOVE_GIVEN_UP: &str = "moves given up";
 pub const MOVE_OF_A_LOST_HOST: &str = "machines handed over although their host was lost";
 pub const MACHINE_TWICE: &str = "available machines that ran twice";

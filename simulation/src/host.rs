@@ -26,6 +26,10 @@ pub struct Guest {
     pub exclusive: bool,
     pub size: Capacity,
     pub address: Option<(u32, u32)>,
+    /// It came as a disk, off, and was not handed over yet.
+    pub at_rest: bool,
+    /// For how many ticks it has run on this disk: what it wrote. A disk that was made anew has nothing.
+    pub written: u64,
 }
 
 /// A step of the agent that is under way; its effect may come although the agent has died meanwhile.
@@ -104,6 +108,7 @@ impl Host {
         self.land(around);
         // The guard finds what the operations have just started before anything else happens on the host.
         self.guard(around);
+        self.write(around.now);
         if self.agent.is_none() && around.now >= self.agent_starts_at {
             self.processes += 1;
             self.agent = Some(Agent::start(self.id, self.processes, self.journal.clone(), self.page.clone()));
@@ -120,7 +125,8 @@ impl Host {
     fn guard(&mut self, around: &mut Surroundings) {
         let now = self.clock.at(around.now);
         for (vm, guest) in &mut self.guests {
-            if !matches!(guest.power, FoundPower::Running | FoundPower::Suspended | FoundPower::Arrived) {
+            let process = matches!(guest.power, FoundPower::Running | FoundPower::Suspended | FoundPower::Arrived);
+            if !process || guest.at_rest {
                 continue;
             }
             let stopped = match self.page.verdict(*vm, Some(guest.epoch), now) {
@@ -136,6 +142,15 @@ impl Host {
             let (id, vm, epoch) = (self.id, *vm, guest.epoch);
             let what = if stopped { "stops" } else { "lets go on" };
             around.story.tell(around.now, || format!("the guard of {id} {what} {vm} of epoch {epoch}"));
+        }
+    }
+
+    /// Whatever runs writes to its disk.
+    fn write(&mut self, now: u64) {
+        let (powered, frozen_until) = (self.powered, self.frozen_until);
+        let runs = |guest: &&mut Guest| guest.power == FoundPower::Running && !guest.stopped;
+        for guest in self.guests.values_mut().filter(runs).filter(|_| powered && now >= frozen_until) {
+            guest.written += 1;
         }
     }
 
@@ -176,8 +191,10 @@ impl Host {
             }
             Step::Migrate { vm, .. } => self.send(around, *vm, &operation.assignment)?,
             Step::FinishMigration { vm, run } => {
+                let at_rest = self.guests.get(vm).is_some_and(|guest| guest.at_rest);
                 let power = if *run { FoundPower::Running } else { FoundPower::Suspended };
-                self.turn(*vm, FoundPower::Arrived, power)?;
+                self.turn(*vm, FoundPower::Arrived, if at_rest { FoundPower::OffByAgent } else { power })?;
+                self.guests.get_mut(vm).ok_or(())?.at_rest = false;
             }
             Step::CancelMigration(vm) => {
                 if self.guests.get(vm).is_some_and(|guest| guest.power == FoundPower::Moved) {
@@ -186,10 +203,13 @@ impl Host {
             }
             Step::Start { vm, .. } => {
                 let wish = operation.assignment.vms.iter().find(|wish| wish.vm == *vm).ok_or(())?;
+                let disk = self.guests.get(vm).filter(|guest| guest.epoch == wish.epoch);
                 let guest = Guest {
                     epoch: wish.epoch,
                     power: FoundPower::Running,
                     stopped: false,
+                    at_rest: false,
+                    written: disk.map_or(0, |disk| disk.written),
                     exclusive: model::permit::is_exclusive(wish),
                     size: wish.size,
                     address: wish.nics.first().map(|nic| (nic.vni, nic.ip.into())),
@@ -217,18 +237,21 @@ impl Host {
     }
 
     /// What libvirt does: the guest is stopped here before all of it is there. Now and then the last answer is lost, and
-    /// it goes on here although all of it is there too.
+    /// it goes on here although all of it is there too. One that is off goes as a disk, and may lose an answer as well.
     fn send(&mut self, around: &mut Surroundings, vm: VmId, assignment: &Assignment) -> Result<(), ()> {
         let wish = assignment.vms.iter().find(|wish| wish.vm == vm).ok_or(())?;
         let end = wish.moves.as_ref().ok_or(())?;
-        let on = |guest: &&mut Guest| matches!(guest.power, FoundPower::Running | FoundPower::Suspended);
-        let guest = self.guests.get_mut(&vm).filter(on).filter(|guest| !guest.stopped).ok_or(())?;
+        let whole = |guest: &&mut Guest| {
+            !matches!(guest.power, FoundPower::Arriving | FoundPower::Arrived | FoundPower::Moved) && !guest.stopped
+        };
+        let guest = self.guests.get_mut(&vm).filter(whole).ok_or(())?;
+        let at_rest = !matches!(guest.power, FoundPower::Running | FoundPower::Suspended);
         let open = around.doors.get(&(end.node, vm)) == Some(&end.epoch);
         if guest.epoch != wish.epoch || !open || around.dice.permille(100) {
             return Err(());
         }
         let due = around.now + around.dice.delay(200, 20_000, 60);
-        let arrived = Guest { epoch: end.epoch, power: FoundPower::Arrived, stopped: false, ..guest.clone() };
+        let arrived = Guest { epoch: end.epoch, power: FoundPower::Arrived, stopped: false, at_rest, ..guest.clone() };
         around.landings.push(Landing { due, to: end.node, vm, guest: arrived });
         if around.dice.permille(120) {
             around.coverage.count(coverage::ANSWER_LOST);
@@ -276,8 +299,9 @@ impl Host {
     }
 
     pub fn crash_guest(&mut self, vm: VmId) {
-        // One that has left has nothing here that could crash; one that is off stays known as it was.
-        if let Some(guest) = self.guests.get_mut(&vm).filter(|guest| guest.power != FoundPower::Moved) {
+        // One that has left, or came as a disk, has nothing here that could crash; one that is off stays known as it was.
+        let process = |guest: &&mut Guest| guest.power != FoundPower::Moved && !guest.at_rest;
+        if let Some(guest) = self.guests.get_mut(&vm).filter(process) {
             (guest.power, guest.stopped) = (FoundPower::Crashed, false);
         }
     }

@@ -71,6 +71,9 @@ pub fn run(seed: u64, tell: bool) -> Outcome {
         calm::heal(&mut cloud);
         calm::settle(&mut cloud);
     }
+    if cloud.is_whole() {
+        calm::start_what_is_stopped(&mut cloud);
+    }
     cloud.finish(seed)
 }
 

@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 
 use model::{
-    Applied, Assignment, Brake, Capacity, Command, Entry, Node, NodeCommand, NodeState, OperatorCommand, Placement,
-    PlannerCommand, Power, Rejection, RequestId, State, VmId, invariant,
+    Applied, Assignment, Brake, Capacity, Command, Entry, Node, NodeCommand, NodeState, OperatorCommand, Phase,
+    Placement, PlannerCommand, Power, Rejection, RequestId, State, VmId, command::MoveOutcome, invariant,
 };
 
 use crate::{
@@ -94,7 +94,7 @@ impl Quorum {
         let outcome = self.state.apply(index, &entry);
         let _ = self.state.drain_changes();
         count(&entry, &outcome, &before, coverage);
-        count_moves(&self.state, &before, coverage);
+        count_moves(&self.state, &before, &entry, coverage);
         if is_frozen(self.state.cluster().brake) && !is_frozen(before.brake) {
             coverage.count(coverage::BRAKE_FROZEN);
         }
@@ -177,9 +177,18 @@ fn destination(vm: &model::Vm) -> Option<(VmId, Placement)> {
     vm.migration.map(|migration| (vm.id, migration.other))
 }
 
-fn count_moves(state: &State, before: &Before, coverage: &mut Coverage) {
+fn count_moves(state: &State, before: &Before, entry: &Entry, coverage: &mut Coverage) {
+    let unmade = |vm: VmId| match &entry.command {
+        Command::Node(NodeCommand::ReportMoves { reports, .. }) => {
+            reports.iter().any(|report| report.vm == vm && report.outcome == MoveOutcome::Nothing)
+        }
+        _ => false,
+    };
     for (id, to) in &before.moving {
         let Some(vm) = state.vms().get(id).filter(|vm| !vm.is_moving()) else { continue };
+        if vm.placement == Some(*to) && vm.phase == Some(Phase::Stopped) {
+            coverage.count(if unmade(*id) { coverage::MACHINE_MOVED_UNMADE } else { coverage::MACHINE_MOVED_OFF });
+        }
         match vm.placement == Some(*to) {
             true if vm.migration.is_none() => coverage.count(coverage::MOVE_OF_A_LOST_HOST),
             true => coverage.count(coverage::MACHINE_MOVED),

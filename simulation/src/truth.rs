@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use model::{Capacity, NodeId, NodeState, Placement, VmId};
+use model::{Capacity, MigrationStage, NodeId, NodeState, Placement, VmId};
 
 use crate::{cloud::Cloud, coverage, host::Guest};
 
@@ -12,6 +12,7 @@ pub fn look(cloud: &mut Cloud) {
         no_lease_outlives_its_host,
         hosts_hold_what_they_can,
         good_clocks_are_believed,
+        what_a_machine_wrote_goes_with_it,
     ];
     for rule in rules {
         if let Err(what) = rule(cloud) {
@@ -75,6 +76,26 @@ fn hosts_hold_what_they_can(cloud: &Cloud) -> Result<(), String> {
         let used = sizes.fold(Capacity::default(), Capacity::plus);
         if !used.fits_in(state.promisable(node)) {
             return Err(format!("the guests of {id} take {used:?}, more than it may promise"));
+        }
+    }
+    Ok(())
+}
+
+/// Whoever has a machine from another host has all that it wrote there, and never loses it again.
+fn what_a_machine_wrote_goes_with_it(cloud: &Cloud) -> Result<(), String> {
+    for vm in cloud.around.quorum.state.vms().values() {
+        let (Some(here), Some(migration)) = (vm.placement, vm.migration) else { continue };
+        if migration.stage != MigrationStage::HandedOver {
+            continue;
+        }
+        let written = |placement: Placement| {
+            let guest = cloud.hosts.get(&placement.node)?.guests.get(&vm.id)?;
+            (guest.epoch == placement.epoch).then_some(guest.written)
+        };
+        let Some(left) = written(migration.other) else { continue };
+        let have = written(here);
+        if have.unwrap_or_default() < left {
+            return Err(format!("{} wrote {left} on {}, and {} has {have:?}", vm.id, migration.other.node, here.node));
         }
     }
     Ok(())

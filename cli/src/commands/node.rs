@@ -40,7 +40,7 @@ pub enum NodeCommand {
         /// Name or id
         node: String,
     },
-    /// Moves all machines of a node to others, while they run; it gets no new ones until it is uncordoned
+    /// Moves all machines of a node to others, running or stopped; it gets no new ones until it is uncordoned
     #[command(after_help = "Example:\n  trefoil node drain node-2 --wait")]
     Drain {
         /// Name or id

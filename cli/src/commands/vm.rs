@@ -78,20 +78,10 @@ pub enum VmCommand {
     /// Boots a machine again
     #[command(after_help = "Example:\n  trefoil vm reboot web")]
     Reboot(Change),
-    /// Moves a machine to another node while it runs (for operators)
-    #[command(after_help = "Example:\n  trefoil vm migrate web\n  trefoil vm migrate web --to node-2 --wait")]
-    Migrate {
-        #[command(flatten)]
-        target: Target,
-        /// Name or id of the node; the idlest with room when it is left out
-        #[arg(long, value_name = "NODE")]
-        to: Option<String>,
-        /// Let it stay where it is after all
-        #[arg(long, conflicts_with = "to")]
-        cancel: bool,
-        #[command(flatten)]
-        wait: WaitArgs,
-    },
+    /// Moves a machine to another node: while it runs, or its disk while it is stopped (for operators)
+    #[command(after_help = "A machine stays as it is: one that runs goes on there, one that is stopped stays so.\n\n\
+                            Example:\n  trefoil vm migrate web\n  trefoil vm migrate web --to node-2 --wait")]
+    Migrate(MigrateArgs),
     /// Says what becomes of a machine when its node is lost
     #[command(after_help = "Example:\n  trefoil vm recovery web exclusive --priority 10")]
     Recovery {
@@ -124,6 +114,26 @@ pub struct Target {
 pub struct Change {
     #[command(flatten)]
     target: Target,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    #[command(flatten)]
+    target: Target,
+    /// Name or id of the node; the idlest with room when it is left out
+    #[arg(long, value_name = "NODE")]
+    to: Option<String>,
+    /// Only while it runs: refused when it is stopped
+    #[arg(long, conflicts_with_all = ["offline", "cancel"])]
+    live: bool,
+    /// Only while it is stopped: refused when it runs, for it is not stopped for that
+    #[arg(long, conflicts_with = "cancel")]
+    offline: bool,
+    /// Let it stay where it is after all
+    #[arg(long, conflicts_with = "to")]
+    cancel: bool,
     #[command(flatten)]
     wait: WaitArgs,
 }
@@ -168,7 +178,7 @@ pub async fn run(command: VmCommand, context: &Context) -> Result<(), ApiError> 
         VmCommand::Resume(change) | VmCommand::Start(change) => power(change, "running", Duration::ZERO, context).await,
         VmCommand::Stop { change, grace } => power(change, "stopped", grace, context).await,
         VmCommand::Reboot(change) => reboot(change, context).await,
-        VmCommand::Migrate { target, to, cancel, wait } => migrate(target.vm, to, cancel, &wait, context).await,
+        VmCommand::Migrate(args) => migrate(args, context).await,
         VmCommand::Recovery { target, recovery, priority } => {
             let (tenant, vm) = (context.tenant.clone(), target.vm);
             let body = SetVmRecoveryRequest { tenant, vm, recovery, priority: priority.into() };
@@ -259,21 +269,17 @@ async fn reboot(args: Change, context: &Context) -> Result<(), ApiError> {
     follow(vm, Goal::Status("running"), &args.wait, context).await
 }
 
-async fn migrate(
-    vm: String,
-    to: Option<String>,
-    cancel: bool,
-    wait: &WaitArgs,
-    context: &Context,
-) -> Result<(), ApiError> {
-    let tenant = context.tenant.clone();
-    if cancel {
+async fn migrate(args: MigrateArgs, context: &Context) -> Result<(), ApiError> {
+    let (tenant, vm) = (context.tenant.clone(), args.target.vm);
+    if args.cancel {
         let vm = change!(context, cancel_migration, VmRef { tenant, vm })?;
         return context.print(&vm, || sentence(&vm));
     }
-    let vm = change!(context, migrate_vm, MigrateVmRequest { tenant, vm, to: to.unwrap_or_default() })?;
+    let manner = [(args.live, "live"), (args.offline, "offline")].into_iter().find(|(wanted, _)| *wanted);
+    let (to, manner) = (args.to.unwrap_or_default(), manner.map_or("", |(_, manner)| manner).into());
+    let vm = change!(context, migrate_vm, MigrateVmRequest { tenant, vm, to, manner })?;
     let epoch = vm.migration.as_ref().map_or(vm.epoch, |migration| migration.epoch);
-    follow(vm, Goal::Moved(epoch), wait, context).await
+    follow(vm, Goal::Moved(epoch), &args.wait, context).await
 }
 
 async fn console(vm: String, bytes: u64, context: &Context) -> Result<(), ApiError> {

@@ -3,7 +3,10 @@
 use std::ops::Bound;
 
 use api::{error::ApiError, proto};
-use model::{Command, OperatorCommand, Recovery, Reply, Role, State, TenantCommand, Vm, VmId, Wanted, plan};
+use model::{
+    Command, OperatorCommand, Recovery, Reply, Role, State, TenantCommand, Vm, VmId, Wanted,
+    plan::moves::{self, Manner},
+};
 use tonic::Request;
 
 use super::{Service, page};
@@ -53,8 +56,11 @@ impl Service {
         let make = |state: &State, caller: &Caller, body: &proto::MigrateVmRequest| {
             caller.must_be_operator()?;
             let vm = name::vm(state, caller, &body.tenant, &body.vm)?;
+            if let Some(manner) = manner(&body.manner)? {
+                moves::would_go(vm, manner)?;
+            }
             let to = match body.to.as_str() {
-                "" => self.core.hear(|ears| plan::moves::destination(state, ears, vm))?,
+                "" => self.core.hear(|ears| moves::destination(state, ears, vm))?,
                 node => name::node(state, node)?.id,
             };
             Ok(Command::Operator(OperatorCommand::MigrateVm { vm: vm.id, to }))
@@ -184,6 +190,15 @@ fn recovery(text: &str) -> Result<Recovery, ApiError> {
 
 fn priority(number: u32) -> Result<u8, ApiError> {
     u8::try_from(number).map_err(|_| ApiError::invalid(format!("priority is {number}, but must be 0 to 255")))
+}
+
+fn manner(text: &str) -> Result<Option<Manner>, ApiError> {
+    match text {
+        "" => Ok(None),
+        "live" => Ok(Some(Manner::Live)),
+        "offline" => Ok(Some(Manner::Offline)),
+        other => Err(ApiError::invalid(format!("manner is '{other}', but must be live or offline"))),
+    }
 }
 
 fn power(state: &State, caller: &Caller, body: &proto::SetVmPowerRequest) -> Result<Command, ApiError> {

@@ -102,10 +102,12 @@ fn as_seen(operations: &[Operation], lines: &BTreeMap<&str, Vec<Line<'_>>>) -> F
 }
 
 /// By what its host said last; a machine that is being made, given away or deleted costs nothing. One that has arrived
-/// from another host counts as suspended until its new host says that it runs, and may be asked to stop before.
+/// from another host counts as suspended until its new host says that it runs, and may be asked to stop before. What is on
+/// its way to another host costs what it did before.
 fn charged_as(row: &Value) -> &'static [&'static str] {
     match row["status"].as_str().unwrap_or_default() {
-        "running" | "rebooting" | "migrating" => &["running"],
+        "running" | "rebooting" => &["running"],
+        "migrating" => &["running", "stopped"],
         "stopping" => &["running", "suspended"],
         "resuming" | "suspended" => &["suspended"],
         "stopped" if row["node"] == "" => &[],

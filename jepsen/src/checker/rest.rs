@@ -14,11 +14,12 @@ pub fn check(operations: &[Operation], finals: &[(&str, &Value)]) -> Finding {
     }
     let wishes = wishes(operations);
     for (controller, rows) in finals {
-        let rows: BTreeMap<&str, &str> = rows.as_array().into_iter().flatten().map(name_and_status).collect();
-        for (name, status) in &rows {
-            if !matches!(*status, "running" | "stopped") {
-                return Finding::Broken(format!("rest: {controller} still lists '{name}' as {status}"));
-            }
+        let rows = rows.as_array().into_iter().flatten();
+        let rows: BTreeMap<&str, &Value> = rows.map(|row| (row["name"].as_str().unwrap_or_default(), row)).collect();
+        for (name, row) in &rows {
+            let Some(status) = rests_as(row) else {
+                return Finding::Broken(format!("rest: {controller} still lists '{name}' as {}", row["status"]));
+            };
             match wishes.get(name) {
                 None => return Finding::Broken(format!("rest: {controller} lists '{name}', which nobody asked for")),
                 Some(possible) if !possible.contains(status) => {
@@ -62,8 +63,15 @@ fn wishes(operations: &[Operation]) -> BTreeMap<&str, BTreeSet<&str>> {
     wishes
 }
 
-fn name_and_status(row: &Value) -> (&str, &str) {
-    (row["name"].as_str().unwrap_or_default(), row["status"].as_str().unwrap_or_default())
+/// What a machine has come to, or waits to be for as long as it may: one that must not run twice is started on no host
+/// whose clock the leader cannot vouch for, and after its own was wrong that is every host, for some ten minutes (ADR 0027).
+pub fn rests_as(row: &Value) -> Option<&str> {
+    let no_clock = row["reason"].as_str().is_some_and(|reason| reason.ends_with("its clock drifts"));
+    match row["status"].as_str()? {
+        status @ ("running" | "stopped") => Some(status),
+        "pending" if no_clock && row["recovery"] == "exclusive" => Some("running"),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -89,6 +97,15 @@ mod tests {
         assert_eq!(verdict(std::slice::from_ref(&made), &[("a", "running")]), Finding::Holds);
         assert_eq!(verdict(&[made.clone(), stopped.clone()], &[("a", "stopped")]), Finding::Holds);
         assert_eq!(verdict(&[made, stopped, asked(Function::Delete, "", Kind::Ok, 9)], &[]), Finding::Holds);
+    }
+
+    #[test]
+    fn only_an_exclusive_machine_may_wait_for_clocks() {
+        let row = |recovery: &str, reason: &str| json!({"status": "pending", "recovery": recovery, "reason": reason});
+        let drifts = "no node has room: 3 × its clock drifts";
+        assert_eq!(rests_as(&row("exclusive", drifts)), Some("running"));
+        assert_eq!(rests_as(&row("available", drifts)), None);
+        assert_eq!(rests_as(&row("exclusive", "no node has room: 2 × its clock drifts, 1 × no memory")), None);
     }
 
     #[test]

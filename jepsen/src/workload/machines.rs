@@ -181,7 +181,7 @@ async fn wait(so: impl AsyncFn() -> bool) {
 
 async fn rests(client: &Client) -> bool {
     let rows = census::machines(client).await;
-    let rests = |row: &Value| row["status"] == "running" || row["status"] == "stopped";
+    let rests = |row: &Value| checker::rest::rests_as(row).is_some();
     matches!(rows, Answer::Ok((rows, _)) if rows.as_array().is_some_and(|rows| rows.iter().all(rests)))
 }
 

@@ -1,5 +1,5 @@
-//! A machine goes to another host while it runs, and is handed over once: when its source has said that it is off there
-//! because it left, *and* its destination that all of it is there. ADR 0022 says why it needs both.
+//! A machine goes to another host, while it runs or while it is stopped, and is handed over once: when its source has said
+//! that it is off there because it left, *and* its destination that all of it is there. ADR 0022 says why it needs both.
 //!
 //! ```text
 //!             begin: the entry's index is the next epoch, room is kept on both hosts
@@ -43,7 +43,7 @@ impl State {
         Ok(Reply::Vm(id))
     }
 
-    /// What keeps a machine from being moved live just now, wherever to.
+    /// What keeps a machine from being moved just now, wherever to.
     pub(crate) fn may_leave(&self, vm: &Vm) -> Result<Placement, Rejection> {
         let refuse = |why: String| Err(Rejection::Stale(why));
         let Some(placement) = vm.placement else { return refuse(format!("{} has no node", vm.name)) };
@@ -54,8 +54,12 @@ impl State {
                 _ => format!("what the last move of {} left on {other} is not cleared away yet", vm.name),
             });
         }
-        if !matches!(vm.status(), Status::Running | Status::Suspended) {
-            return refuse(format!("{} is {}; only what runs or is suspended can be moved", vm.name, vm.status()));
+        if !matches!(vm.status(), Status::Running | Status::Suspended | Status::Stopped) {
+            return refuse(format!(
+                "{} is {}; only what runs, or is suspended or stopped, can be moved",
+                vm.name,
+                vm.status()
+            ));
         }
         if vm.backups.pending().is_some() {
             return refuse(format!("a backup of {} is under way", vm.name));
@@ -98,6 +102,8 @@ impl State {
             match &report.outcome {
                 MoveOutcome::Left if node == source.node => migration.left = true,
                 MoveOutcome::Arrived if node == to.node => migration.arrived = true,
+                // Nobody runs it, and nothing of it is missing over there.
+                MoveOutcome::Nothing if node == source.node => (migration.left, migration.arrived) = (true, true),
                 MoveOutcome::Failed(reason) if node == source.node || node == to.node => {
                     let why = format!("{}: {reason}", self.node_name(node));
                     self.give_up_move(m.now, &mut vm, &why);
@@ -119,10 +125,10 @@ impl State {
     }
 
     /// Nobody runs it and nothing of it is missing: from here on it is the destination's, which lets it go on. Until
-    /// then it is paused, and charged so.
+    /// then it is paused, and charged so; what was off stays off.
     fn hand_over(&mut self, now: Timestamp, vm: &mut Vm, source: Placement, to: Placement) {
         vm.placement = Some(to);
-        vm.phase = Some(Phase::Suspended);
+        vm.phase = vm.phase.map(|phase| if phase == Phase::Stopped { phase } else { Phase::Suspended });
         vm.migration = match self.nodes.get(&source.node) {
             Some(node) if node.state != NodeState::Lost => {
                 Some(Migration { stage: MigrationStage::HandedOver, other: source, left: true, arrived: true })
@@ -156,7 +162,9 @@ impl State {
     pub(super) fn settle_move(&self, now: Timestamp, vm: &mut Vm) {
         let fits = matches!(
             (vm.wanted, vm.phase),
-            (Wanted::Running, Some(Phase::Running)) | (Wanted::Suspended, Some(Phase::Suspended))
+            (Wanted::Running, Some(Phase::Running))
+                | (Wanted::Suspended, Some(Phase::Suspended))
+                | (Wanted::Stopped, Some(Phase::Stopped))
         );
         if !fits && vm.is_moving() {
             let reason = vm.reason.clone();

@@ -20,6 +20,30 @@ const LEAST_GAIN_PERMILLE: u64 = 50;
 /// Moves that are suggested at once: after them there is a new state to judge by.
 const MOST_SUGGESTED: usize = 16;
 
+/// In which of its two ways somebody wants a machine to be moved, if that matters to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// While it runs, or is suspended with its memory.
+    Live,
+    /// While it is stopped: its disk is all there is of it.
+    Offline,
+}
+
+/// Whether a machine would be moved just now in the manner that somebody wants. Nothing is done to it for that: whether it
+/// may be stopped is for its owner to say.
+///
+/// # Errors
+/// What would have to be done first.
+pub fn would_go(vm: &Vm, manner: Manner) -> Result<(), Rejection> {
+    let refuse = |what: &str| Err(Rejection::Stale(format!("{} is {}: {what}", vm.name, vm.status())));
+    match (manner, vm.status()) {
+        (Manner::Live, Status::Stopped) => refuse("start it to move it live, or move it offline"),
+        (Manner::Offline, Status::Running | Status::Suspended) => refuse("stop it to move it offline, or move it live"),
+        // Whether it can be moved at all is another question.
+        _ => Ok(()),
+    }
+}
+
 /// The node that a machine would best be moved to.
 ///
 /// # Errors
@@ -101,9 +125,6 @@ fn goes(state: &State, idlest: &mut Idlest, vm: &Vm, now: Timestamp) -> Goes {
     }
     if let Err(refusal) = state.may_leave(vm) {
         return match vm.status() {
-            Status::Stopped => {
-                Goes::Never("it is stopped, and moves only while it runs: start it, or delete it".into())
-            }
             Status::Failed if vm.retry_at.is_none() => Goes::Never(format!("it has failed: {}", vm.reason)),
             Status::Lost => Goes::Never("its node is lost".into()),
             _ => Goes::Later(refusal.to_string()),

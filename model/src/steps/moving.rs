@@ -1,8 +1,9 @@
 //! Both ends of a move between hosts. The guest runs on one side at any instant: what has left does not run here again
-//! unless the move is given up, and what has arrived does not run here before it was handed over.
+//! unless the move is given up, and what has arrived does not run here before it was handed over. One that is wished
+//! stopped goes as it lies on the disk, by the same steps.
 //!
 //! ```text
-//!  source:       running ── migrate, once ──► moved ── told ──►   given up: cancel, and it goes on or boots
+//!  source:       on or off ── migrate, once ──► moved ── told ──► given up: cancel, and it goes on or boots
 //!  destination:  nothing ── prepare ──► arriving ──► arrived ── told ──►   handed over: finish; given up: remove
 //! ```
 //! A move is tried once: what a first try wrote into the disk over there would stay in it. Another is another move, under
@@ -36,7 +37,10 @@ fn end(wish: &VmWish) -> Option<u64> {
 /// The source's side: once the guest is as its owner wants it, it goes.
 pub(super) fn departure(generation: u64, wish: &VmWish, found: &Observed, out: &mut Vec<Step>) {
     let Some(end) = wish.moves.as_ref().filter(|_| wish.power != Power::Arriving) else { return };
-    let Some(guest) = found.guest(wish).filter(|guest| guest.epoch == wish.epoch) else { return };
+    let Some(guest) = found.guest(wish) else { return nothing_departs(generation, wish, end, found, out) };
+    if guest.epoch != wish.epoch {
+        return;
+    }
     let tried = found.memory(wish).leaving == Some(end.epoch);
     if tried && guest.power == FoundPower::Moved {
         return tell(wish, end, found, MoveOutcome::Left, out);
@@ -49,9 +53,31 @@ pub(super) fn departure(generation: u64, wish: &VmWish, found: &Observed, out: &
         let reason = known.map_or("its agent began anew while it moved", |(_, reason)| reason);
         return tell(wish, end, found, MoveOutcome::Failed(reason.into()), out);
     }
-    let as_wished = matches!(next(wish, found), Next::Rest { phase: Phase::Running | Phase::Suspended, .. });
+    let as_wished = match next(wish, found) {
+        Next::Rest { phase: Phase::Running | Phase::Suspended, .. } => true,
+        // One that went down by itself is told first: its owner may want it on again.
+        Next::Rest { phase: Phase::Stopped, .. } => wish.power == Power::Stopped,
+        Next::Rest { .. } | Next::Do(_) | Next::Wait => false,
+    };
     if as_wished && found.may_try(Subject::Vm(wish.vm), generation) {
         out.push(Step::Migrate { vm: wish.vm, epoch: end.epoch });
+    }
+}
+
+/// A machine that was stopped before its first start has no guest. What was begun of it is removed first, for it may be a
+/// start that is still under way. Where it has run, what it wrote is gone: it is not moved, lest it come up blank elsewhere.
+fn nothing_departs(generation: u64, wish: &VmWish, end: &MoveEnd, found: &Observed, out: &mut Vec<Step>) {
+    let memory = found.memory(wish);
+    if wish.power != Power::Stopped {
+        return;
+    }
+    if memory.ran {
+        let reason = "it has run, and nothing of it is found here";
+        tell(wish, end, found, MoveOutcome::Failed(reason.into()), out);
+    } else if !memory.begun {
+        tell(wish, end, found, MoveOutcome::Nothing, out);
+    } else if found.may_try(Subject::Vm(wish.vm), generation) {
+        out.push(Step::Remove(wish.vm));
     }
 }
 

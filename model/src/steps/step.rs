@@ -48,12 +48,12 @@ pub enum Step {
     },
     /// Make what a guest needs that comes from another host, and let it in.
     PrepareMigration(VmId),
-    /// Send it to the other end of its move, while it runs.
+    /// Send it to the other end of its move: as it runs, or its disk when it is off.
     Migrate {
         vm: VmId,
         epoch: u64,
     },
-    /// Let go on what has arrived and was handed over to this host.
+    /// Take over what has arrived and was handed over to this host, and let it go on if it should run.
     FinishMigration {
         vm: VmId,
         run: bool,
@@ -142,13 +142,16 @@ impl fmt::Display for Step {
             Self::PrepareMigration(vm) => write!(f, "prepare for {vm} to come"),
             Self::Migrate { vm, epoch } => write!(f, "send {vm} away, for epoch {epoch}"),
             Self::FinishMigration { vm, run: true } => write!(f, "let {vm} go on here"),
-            Self::FinishMigration { vm, run: false } => write!(f, "take {vm} over, suspended"),
+            Self::FinishMigration { vm, run: false } => write!(f, "take {vm} over as it is"),
             Self::CancelMigration(vm) => write!(f, "keep {vm} here"),
             Self::ReportMove(report) => match &report.outcome {
                 MoveOutcome::Left => write!(f, "report {} has left for epoch {}", report.vm, report.epoch),
                 MoveOutcome::Arrived => write!(f, "report {} has arrived for epoch {}", report.vm, report.epoch),
                 MoveOutcome::Failed(reason) => {
                     write!(f, "report {} has not moved for epoch {}: {reason}", report.vm, report.epoch)
+                }
+                MoveOutcome::Nothing => {
+                    write!(f, "report nothing is here of {} that could leave for epoch {}", report.vm, report.epoch)
                 }
             },
             Self::BackUp { vm, number, parent: None } => write!(f, "back up {vm}, number {number}"),

@@ -28,7 +28,8 @@ const DELAY_NANOS: i64 = 500_000_000;
 /// enough for `DELAY_NANOS` to be little more than half of what the bound allows, and soon enough to forget a clock that
 /// was mended.
 const BASE_NANOS: u64 = 1_000_000_000_000;
-/// Between two points that are kept for that.
+/// Between two points that are kept for that. What went before them is forgotten when the clock has gone at another rate
+/// since: it was mended, or broke.
 const STEP_NANOS: u64 = BASE_NANOS / 8;
 
 const MILLION: i128 = 1_000_000;
@@ -108,6 +109,10 @@ impl Drift {
         while self.anchors.get(1).is_some_and(|anchor| since(anchor) >= BASE_NANOS - STEP_NANOS) {
             self.anchors.pop_front();
         }
+        let recent = self.anchors.iter().rposition(|anchor| since(anchor) >= STEP_NANOS).unwrap_or(0);
+        if self.anchors.get(recent).is_some_and(|recent| apart(self.anchors[0], *recent, point)) {
+            self.anchors.drain(..recent);
+        }
         if self.anchors.back().is_none_or(|anchor| since(anchor) >= STEP_NANOS) {
             self.anchors.push_back(point);
         }
@@ -134,10 +139,20 @@ impl Drift {
 
     /// By how much the offset changed, and over which time.
     fn change(&self) -> Option<(i128, u64)> {
-        let (first, last) = (self.anchors.front()?, self.latest?);
-        let span = last.at.saturating_sub(first.at);
-        (span > 0).then(|| (i128::from(last.offset) - i128::from(first.offset), span))
+        let (change, span) = between(*self.anchors.front()?, self.latest?);
+        (span > 0).then_some((change, span))
     }
+}
+
+fn between(from: Point, to: Point) -> (i128, u64) {
+    (i128::from(to.offset) - i128::from(from.offset), to.at.saturating_sub(from.at))
+}
+
+/// Whether no one rate explains both what was seen from `first` on and from `recent` on, whatever the delays were.
+fn apart(first: Point, recent: Point, last: Point) -> bool {
+    let ((whole, long), (part, short)) = (between(first, last), between(recent, last));
+    let (long, short) = (i128::from(long), i128::from(short));
+    (whole * short - part * long).abs() > i128::from(DELAY_NANOS) * (long + short)
 }
 
 #[cfg(test)]
@@ -236,6 +251,24 @@ mod tests {
         assert_eq!(drift.fitness(), Fitness::Open, "delays could hide another rate");
         hear(&mut drift, 600 * SECOND, 400, (300, 0), |_| Some(MILLI));
         assert!(drift.rate().unwrap().uncertainty_ppm <= 520, "{:?}", drift.rate());
+    }
+
+    #[test]
+    fn a_clock_that_is_mended_is_unfit_for_no_longer_than_five_minutes() {
+        let mut drift = Drift::default();
+        hear(&mut drift, 0, 600, (0, 0), |_| Some(MILLI));
+        let (broke_at, mended_at) = (600 * SECOND, 620 * SECOND);
+        for beat in 0..320 * SECOND / BEAT {
+            let sent = broke_at + beat * BEAT;
+            // A tenth too fast for twenty seconds.
+            let ahead = (sent.min(mended_at) - broke_at) / 10;
+            drift.note(7 * SECOND + sent + MILLI, 9_000 * SECOND + sent + ahead);
+            let since = sent.saturating_sub(mended_at);
+            if (20 * SECOND..100 * SECOND).contains(&since) {
+                assert_eq!(drift.fitness(), Fitness::Unfit, "{} s after", since / SECOND);
+            }
+        }
+        assert_eq!(drift.fitness(), Fitness::Open, "{:?}", drift.rate());
     }
 
     #[test]

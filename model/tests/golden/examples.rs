@@ -241,6 +241,7 @@ fn end() -> Vec<Command> {
                 MoveReport { vm, epoch: 40, outcome: MoveOutcome::Left },
                 MoveReport { vm, epoch: 40, outcome: MoveOutcome::Arrived },
                 MoveReport { vm, epoch: 40, outcome: MoveOutcome::Failed("no room".into()) },
+                MoveReport { vm, epoch: 40, outcome: MoveOutcome::Nothing },
             ],
         }),
         operator(OperatorCommand::CancelMigration { vm }),

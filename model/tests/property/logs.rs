@@ -258,6 +258,7 @@ impl Source {
             0 => MoveOutcome::Failed("no luck".into()),
             1 => MoveOutcome::Arrived,
             2 => MoveOutcome::Left,
+            3 => MoveOutcome::Nothing,
             _ if other.node == node => MoveOutcome::Arrived,
             _ => MoveOutcome::Left,
         };

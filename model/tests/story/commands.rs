@@ -328,7 +328,7 @@ impl Story {
         Ok(self.state.image_named(tenant, name).ok_or("no such image")?.id)
     }
 
-    /// `alpha reports move acme/web left`, `… arrived`, `… failed: no room`.
+    /// `alpha reports move acme/web left`, `… arrived`, `… nothing`, `… failed: no room`.
     fn report_move(&mut self, node: NodeId, incarnation: u64, line: &Line) -> Told {
         let vm = self.machine(line.word(3)?)?;
         let row = self.state.vms().get(&vm).ok_or("no such machine")?;
@@ -336,6 +336,7 @@ impl Story {
         let outcome = match line.word(4)? {
             "left" => MoveOutcome::Left,
             "arrived" => MoveOutcome::Arrived,
+            "nothing" => MoveOutcome::Nothing,
             _ => MoveOutcome::Failed(line.reason.clone()),
         };
         let reports = vec![MoveReport { vm, epoch, outcome }];

@@ -2,7 +2,7 @@
 //!
 //! Deliberately not here: when it goes (`model::steps`), and how its bytes travel (`relay`, `hypervisor::migration`).
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 use model::{
     Assignment, MoveEnd, Power, VmId,
@@ -18,7 +18,7 @@ use super::act::{Done as Outcome, Fault, FaultKind, cut_short, fault, hypervisor
 use crate::{
     host::Host,
     hypervisor::job::Job,
-    relay::{Arrival, Departure},
+    relay::{self, Arrival, Departure},
 };
 
 /// The quorum's own deadline for a move is shorter, and is what ends one that takes too long.
@@ -41,14 +41,44 @@ pub async fn prepare(host: Arc<Host>, assignment: Arc<Assignment>, vm: VmId) -> 
         let spec = spec(&host, &assignment, vm)?;
         host.arrivals.make_dir().map_err(|error| fault(FaultKind::Transient, error))?;
         let destination = host.hypervisor.prepare_migration(&spec).map_err(hypervisor_fault)?;
-        host.arrivals.expect(vm, Arrival { source, destination });
+        host.arrivals.expect(vm, Arrival { source, spec, destination });
         Ok(())
     });
     prepared.await.map_err(|_| cut_short())?
 }
 
-/// On the source: sends it away. `NotNow` until the destination is ready: then nothing was begun.
+/// On the source: sends it away, as it runs or as it lies there. `NotNow` until the destination is ready: then nothing
+/// was begun.
 pub async fn depart(host: Arc<Host>, end: &MoveEnd, vm: VmId, job: Arc<Job>) -> Result<(), Fault> {
+    let worker = host.clone();
+    let at_rest = spawn_blocking(move || worker.hypervisor.disk_at_rest(vm));
+    match at_rest.await.map_err(|_| cut_short())?.map_err(hypervisor_fault)? {
+        Some(disk) => send_disk(host, end, vm, disk, job).await,
+        None => send_guest(host, end, vm, job).await,
+    }
+}
+
+async fn send_disk(host: Arc<Host>, end: &MoveEnd, vm: VmId, disk: PathBuf, job: Arc<Job>) -> Result<(), Fault> {
+    let asked = relay::ask(&host.identity, &end.address, vm, end.epoch).await;
+    let (client, _) = asked.map_err(|error| fault(FaultKind::NotNow, error))?;
+    let mut sending = pin!(relay::disk::send(client, vm, end.epoch, disk, job.clone()));
+    loop {
+        let progress = job.progress();
+        host.view.set_moved(vm, progress.done_bytes, progress.total_bytes);
+        if let Some(why) = job.must_end() {
+            return Err(fault(FaultKind::Transient, why));
+        }
+        tokio::select! {
+            sent = &mut sending => break sent.map_err(|error| fault(FaultKind::Transient, error))?,
+            () = sleep(GLANCE) => {}
+        }
+    }
+    // All of it is there. Nothing starts it here before this step is over, and then only when the move was given up.
+    let let_go = spawn_blocking(move || host.hypervisor.let_go(vm));
+    let_go.await.map_err(|_| cut_short())?.map_err(hypervisor_fault)
+}
+
+async fn send_guest(host: Arc<Host>, end: &MoveEnd, vm: VmId, job: Arc<Job>) -> Result<(), Fault> {
     let opened = Departure::open(&host.arrivals, &host.identity, &end.address, vm, end.epoch).await;
     let departure = opened.map_err(|error| fault(FaultKind::NotNow, error))?;
     let (working, worker) = (job.clone(), host.clone());

@@ -44,7 +44,7 @@ impl Job {
         }
     }
 
-    pub(super) fn note(&self, done_bytes: u64, total_bytes: u64) {
+    pub(crate) fn note(&self, done_bytes: u64, total_bytes: u64) {
         self.total_bytes.store(total_bytes, Ordering::Relaxed);
         self.done_bytes.store(done_bytes, Ordering::Relaxed);
     }

@@ -7,7 +7,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, OnceLock, atomic::AtomicBool},
     time::Duration,
 };
@@ -18,7 +18,7 @@ use virt::sys;
 use super::{
     Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, Parent, Result,
     domain_xml::{Mark, domain_uuid, domain_xml, name_prefix},
-    guest_dir::{GuestDirs, failed, write_whole},
+    guest_dir::{GuestDirs, write_whole},
     job::Job,
     migration::{Destination, Route},
     qcow2, qemu_process,
@@ -26,6 +26,7 @@ use super::{
     seed::seed_image,
 };
 
+mod at_rest;
 mod backup;
 mod connection;
 mod disk;
@@ -193,15 +194,6 @@ impl Libvirt {
         Ok(power)
     }
 
-    /// Change what is remembered, if anything is.
-    fn amend(&self, vm: VmId, change: impl FnOnce(&mut Record)) -> Result<()> {
-        let _records = lock(&self.records);
-        let Some(mut record) = self.dirs.read::<Record>(vm)? else { return Ok(()) };
-        let before = record.clone();
-        change(&mut record);
-        if record == before { Ok(()) } else { self.dirs.write(vm, &record) }
-    }
-
     /// What a killed agent left between making a disk and its first start, or between moving a folder and forgetting it.
     fn sweep(&self, guests: &[Guest]) {
         rehearsal::clear_once(self);
@@ -349,12 +341,7 @@ impl Hypervisor for Libvirt {
     }
 
     fn check_disk(&self, vm: VmId) -> Result<()> {
-        let disk = self.dirs.paths(vm).disk;
-        match disk.try_exists() {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(HypervisorError::Permanent(format!("its disk is gone: {}", disk.display()))),
-            Err(e) => Err(failed("look at", &disk, e)),
-        }
+        disk::must_be_there(&self.dirs.paths(vm).disk)
     }
 
     fn start(&self, spec: &GuestSpec) -> Result<()> {
@@ -365,9 +352,7 @@ impl Hypervisor for Libvirt {
                 return Err(other_placement(spec, mark.epoch));
             }
             let seen = domain.seen()?;
-            if seen.is_on() && seen != Seen::Running && self.arrives(vm)? {
-                return Err(not_handed_over(vm));
-            }
+            migration::must_not_be_coming(self, vm, seen)?;
             if seen.is_on() {
                 return self.amend(vm, |record| record.stopping = false);
             }
@@ -460,6 +445,18 @@ impl Hypervisor for Libvirt {
 
     fn migrate(&self, vm: VmId, to: &Destination, route: &Route, job: &Job) -> Result<()> {
         migration::migrate(self, vm, to, route, job)
+    }
+
+    fn disk_at_rest(&self, vm: VmId) -> Result<Option<PathBuf>> {
+        at_rest::disk(self, vm)
+    }
+
+    fn take_in(&self, spec: &GuestSpec, disk: &Path) -> Result<()> {
+        at_rest::take_in(self, spec, disk)
+    }
+
+    fn let_go(&self, vm: VmId) -> Result<()> {
+        at_rest::let_go(self, vm)
     }
 
     fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Result<()> {

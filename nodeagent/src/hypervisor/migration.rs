@@ -7,6 +7,8 @@
 //!  Off(Moved)  ── told ──▶        both were told: hand over       ◀── told ─ Arrived: complete, paused
 //!  remove                          (or neither: give it up)                  finish_migration: Running
 //! ```
+//! One that is off goes as a file: `disk_at_rest`, the agents' own connection, `take_in`, `let_go`; the rest is the same.
+//!
 //! The guest runs on one side at any instant, whatever fails: libvirt stops it on the source before the destination has
 //! all of it, and the destination never runs it before the quorum has handed it over. That is why it arrives paused.
 //! Without that, libvirt itself leaves a gap: when the connection breaks just after the destination was told to go on,

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Mutex, MutexGuard},
     thread,
     time::Duration,
@@ -17,7 +17,7 @@ use model::{Capacity, Digest, HypervisorKind, VmId, telemetry::NodeStatus};
 use nix::time::{ClockId, clock_gettime};
 
 use super::{
-    Backup, Guest, GuestPower, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason, Parent, Result,
+    Backup, Guest, GuestSpec, GuestUsage, Hypervisor, HypervisorError, OffReason, Parent, Result,
     guest_dir::GuestDirs,
     job::Job,
     migration::{Destination, Route},
@@ -29,6 +29,7 @@ use crate::{
     lease::{Permit, Verdict},
 };
 
+mod at_rest;
 mod backup;
 mod control;
 mod effect;
@@ -420,6 +421,18 @@ impl Hypervisor for Simulated {
         migration::migrate(self, vm, to, job)
     }
 
+    fn disk_at_rest(&self, vm: VmId) -> Result<Option<PathBuf>> {
+        at_rest::disk(self, vm)
+    }
+
+    fn take_in(&self, spec: &GuestSpec, disk: &Path) -> Result<()> {
+        at_rest::take_in(self, spec, disk)
+    }
+
+    fn let_go(&self, vm: VmId) -> Result<()> {
+        at_rest::let_go(self, vm)
+    }
+
     fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Result<()> {
         migration::finish(self, spec, run)
     }
@@ -481,19 +494,6 @@ fn mix(state: u64) -> u64 {
     let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
-}
-
-impl From<SimGuest> for GuestPower {
-    fn from(guest: SimGuest) -> Self {
-        match guest.power {
-            Power::On => Self::Running,
-            Power::Suspended => Self::Suspended,
-            Power::Arriving => Self::Arriving,
-            Power::Arrived => Self::Arrived,
-            Power::Made => Self::Off(OffReason::Unknown),
-            Power::Off(why) => Self::Off(why.into()),
-        }
-    }
 }
 
 #[cfg(test)]

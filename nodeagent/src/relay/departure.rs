@@ -36,8 +36,11 @@ pub enum DepartureError {
     /// The destination's agent cannot be reached, or does not expect the guest from here (yet).
     #[error("the destination: {0}")]
     Destination(String),
+    /// A socket cannot be made, or a disk not read.
     #[error("{}: {source}", path.display())]
-    Socket { path: PathBuf, source: io::Error },
+    File { path: PathBuf, source: io::Error },
+    #[error("a blocking task was cut short")]
+    CutShort,
 }
 
 /// A guest's way out of this host, open for as long as this lives. When it is dropped while the guest is moving, the
@@ -49,7 +52,7 @@ pub struct Departure {
 }
 
 impl Departure {
-    /// Asks the agent at `address` what it has prepared, and opens the sockets. `own`: whether guests move through any.
+    /// Asks the agent at `address`, and opens the sockets. `own`: whether guests move through any.
     ///
     /// # Errors
     /// When the other agent cannot be reached or does not expect the guest, or a socket cannot be made.
@@ -60,15 +63,7 @@ impl Departure {
         vm: VmId,
         epoch: u64,
     ) -> Result<Self, DepartureError> {
-        let channel = connect(address, client_tls(identity)).map_err(|e| DepartureError::Destination(e.to_string()))?;
-        let client = NodeDataClient::new(channel);
-        let asked = DescribeArrivalRequest { vm: vm.to_string(), epoch };
-        let told = match timeout(ANSWER_LIMIT, client.clone().describe_arrival(asked)).await {
-            Ok(Ok(told)) => told.into_inner(),
-            Ok(Err(status)) => return Err(DepartureError::Destination(ApiError::from(status).to_string())),
-            Err(_) => return Err(DepartureError::Destination("no answer in time".into())),
-        };
-        let destination = destination(told, epoch)?;
+        let (client, destination) = ask(identity, address, vm, epoch).await?;
         let dir = own.dir();
         let (route, mut doors) = (Route::new(dir, vm), JoinSet::new());
         if !own.have_sockets() {
@@ -99,6 +94,26 @@ impl Drop for Departure {
             // The next one removes it, if this does not.
             let _ = fs::remove_file(path);
         }
+    }
+}
+
+/// What the agent at `address` has prepared for the guest, and the way to it.
+///
+/// # Errors
+/// When it cannot be reached, or does not expect the guest from here (yet).
+pub async fn ask(
+    identity: &Identity,
+    address: &str,
+    vm: VmId,
+    epoch: u64,
+) -> Result<(NodeDataClient<Channel>, Destination), DepartureError> {
+    let channel = connect(address, client_tls(identity)).map_err(|e| DepartureError::Destination(e.to_string()))?;
+    let client = NodeDataClient::new(channel);
+    let asked = DescribeArrivalRequest { vm: vm.to_string(), epoch };
+    match timeout(ANSWER_LIMIT, client.clone().describe_arrival(asked)).await {
+        Ok(Ok(told)) => Ok((client, destination(told.into_inner(), epoch)?)),
+        Ok(Err(status)) => Err(DepartureError::Destination(ApiError::from(status).to_string())),
+        Err(_) => Err(DepartureError::Destination("no answer in time".into())),
     }
 }
 
@@ -156,5 +171,5 @@ async fn join(near: UnixStream, client: &mut NodeDataClient<Channel>, header: Re
 
 fn socket_error(path: &Path) -> impl FnOnce(io::Error) -> DepartureError {
     let path = path.to_owned();
-    move |source| DepartureError::Socket { path, source }
+    move |source| DepartureError::File { path, source }
 }

@@ -2,10 +2,29 @@
 
 use super::*;
 
+/// What the tests here need of it: whose it is, and under which placement.
+pub fn spec() -> GuestSpec {
+    GuestSpec {
+        cluster: "c".into(),
+        vm: VmId(1),
+        epoch: 7,
+        tenant: "acme".into(),
+        hostname: "web".into(),
+        size: model::Capacity { vcpus: 1, memory_bytes: 1 << 30, disk_bytes: 1 << 30 },
+        base: "/images/base".into(),
+        base_format: model::ImageFormat::Qcow2,
+        base_virtual_bytes: 1 << 20,
+        base_parents: vec![],
+        nics: vec![],
+        ssh_keys: vec![],
+        user_data: String::new(),
+    }
+}
+
 fn arrival() -> Arrival {
     let destination =
         Destination { epoch: 7, disk: "/d".into(), seed: "/s".into(), console: "/c".into(), bridges: vec![] };
-    Arrival { source: NodeId(3), destination }
+    Arrival { source: NodeId(3), spec: spec(), destination }
 }
 
 #[test]
@@ -14,7 +33,7 @@ fn the_door_is_open_to_the_source_of_an_expected_guest_alone() {
     arrivals.expect(VmId(1), arrival());
     let find = |vm: &str, epoch, peer: Option<&str>| {
         let found = arrivals.find(vm, epoch, peer.map(String::from));
-        found.map(|(_, destination)| destination).map_err(|status| ApiError::from(status).code)
+        found.map(|(_, arrival)| arrival.destination).map_err(|status| ApiError::from(status).code)
     };
     assert_eq!(find("vm-1", 7, Some("node-3")), Ok(arrival().destination));
     for (vm, epoch, peer, code) in [

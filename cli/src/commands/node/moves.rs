@@ -84,7 +84,7 @@ pub async fn rebalance(dry_run: bool, context: &Context) -> Result<(), ApiError>
     if !dry_run {
         for suggestion in reply.moves.iter().take(MOST_AT_ONCE) {
             let (tenant, vm, to) = (suggestion.tenant.clone(), suggestion.id.clone(), suggestion.to.clone());
-            change!(context, migrate_vm, MigrateVmRequest { tenant, vm, to })?;
+            change!(context, migrate_vm, MigrateVmRequest { tenant, vm, to, ..MigrateVmRequest::default() })?;
         }
     }
     context.print(&reply, || suggestions(&reply.moves, dry_run))
@@ -122,10 +122,13 @@ mod tests {
             ..Left::default()
         };
         let moving = Left { progress: Some(Progress { step: "move".into(), percent: 40 }), ..left("web", "now", "") };
-        let status =
-            DrainStatus { node: node.clone(), left: vec![moving, left("db", "never", "it is stopped")], read_at: None };
+        let status = DrainStatus {
+            node: node.clone(),
+            left: vec![moving, left("db", "never", "it has failed: no image")],
+            read_at: None,
+        };
         assert_eq!(summary(&status), "rack1: 1 on their way, 0 to go, 1 cannot, web 40%");
-        assert!(picture(&status).contains("it is stopped"));
+        assert!(picture(&status).contains("it has failed: no image"));
         let empty = DrainStatus { node, left: vec![], read_at: None };
         assert_eq!(picture(&empty), "rack1 is empty, and gets nothing new before 'trefoil node uncordon rack1'");
     }

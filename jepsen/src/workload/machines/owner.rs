@@ -156,7 +156,7 @@ async fn set_power(client: &Client, req: &str, vm: &str, wanted: &str) -> Answer
 
 /// To whichever host has room.
 async fn migrate(client: &Client, req: &str, vm: &str) -> Answer<Value> {
-    let request = MigrateVmRequest { tenant: client.tenant(), vm: vm.into(), to: String::new() };
+    let request = MigrateVmRequest { tenant: client.tenant(), vm: vm.into(), ..MigrateVmRequest::default() };
     let call = |mut api: Api, request| async move { api.migrate_vm(request).await };
     client.ask(req, request, call).await.map(|vm| json!({"id": vm.id}))
 }

@@ -47,6 +47,55 @@ fn it_goes_once_and_is_told_to_have_left_only_when_it_has() {
     check(&going(), &Observed { told_moves: [(VmId(1), report)].into(), ..moved }, &[]);
 }
 
+/// The wish of the source for a machine that its owner has stopped.
+fn stopped_goes() -> Assignment {
+    wish(vec![VmWish { moves: end(), ..vm(1, 7, Power::Stopped) }])
+}
+
+fn told_off(mut found: Observed) -> Observed {
+    let (phase, reason, retry) = (Phase::Stopped, String::new(), true);
+    let report = VmReport { vm: VmId(1), epoch: 7, attempt: 0, phase, rebooted: 0, reason, retry };
+    found.told.insert(VmId(1), Told { attempt: 0, power: Power::Stopped, report });
+    found
+}
+
+#[test]
+fn what_is_wished_stopped_goes_when_it_is_off_and_not_before() {
+    for power in [FoundPower::OffByAgent, FoundPower::OffByGuest, FoundPower::Crashed] {
+        check(&stopped_goes(), &told_off(with(ready(), 7, power)), &["send vm-1 away, for epoch 9"]);
+    }
+    check(&stopped_goes(), &told_off(with(ready(), 7, FoundPower::Running)), &["press power vm-1"]);
+    check(&stopped_goes(), &told_off(tried(with(ready(), 7, FoundPower::Moved))), &[LEFT]);
+    let failed = "report vm-1 has not moved for epoch 9: its agent began anew while it moved";
+    check(&stopped_goes(), &told_off(tried(with(ready(), 7, FoundPower::OffByAgent))), &[failed]);
+}
+
+/// Its owner may want it on again, and nobody has heard yet that it is off.
+#[test]
+fn what_switched_itself_off_is_told_and_not_sent() {
+    let off = told(with(ready(), 7, FoundPower::OffByGuest));
+    check(&going(), &off, &["report vm-1 epoch 7 Stopped rebooted 0: the guest switched itself off"]);
+}
+
+#[test]
+fn where_nothing_was_ever_made_there_is_nothing_that_could_leave() {
+    let nothing = "report nothing is here of vm-1 that could leave for epoch 9";
+    check(&stopped_goes(), &told_off(ready()), &[nothing]);
+    // Its first start may still be under way.
+    let begun = Memory { epoch: 7, begun: true, existed: true, ..Memory::default() };
+    check(&stopped_goes(), &told_off(remembering(ready(), begun)), &["remove vm-1"]);
+    let removed = Memory { begun: false, removed: true, ..begun };
+    check(&stopped_goes(), &told_off(remembering(ready(), removed)), &[nothing]);
+    check(&stopped_goes(), &told_off(with(ready(), 6, FoundPower::OffByAgent)), &["quarantine vm-1 epoch 6"]);
+}
+
+#[test]
+fn what_a_machine_wrote_and_is_gone_is_no_machine_that_never_was() {
+    let ran = Memory { epoch: 7, ran: true, existed: true, ..Memory::default() };
+    let lost = "report vm-1 has not moved for epoch 9: it has run, and nothing of it is found here";
+    check(&stopped_goes(), &told_off(remembering(ready(), ran)), &[lost]);
+}
+
 #[test]
 fn a_second_try_is_another_move() {
     let running = told(tried(with(ready(), 7, FoundPower::Running)));
@@ -102,7 +151,7 @@ fn what_has_arrived_goes_on_only_when_it_was_handed_over() {
     for power in [Power::Suspended, Power::Stopped] {
         let over = wish(vec![vm(1, 9, power)]);
         let lines: Vec<String> = steps(&over, &arrived).iter().map(ToString::to_string).collect();
-        assert_eq!(lines, ["take vm-1 over, suspended"]);
+        assert_eq!(lines, ["take vm-1 over as it is"]);
     }
     check(&wish(vec![vm(1, 9, Power::Absent)]), &arrived, &["remove vm-1"]);
     check(&wish(vec![]), &arrived, &["quarantine vm-1 epoch 9"]);

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Mutex,
         atomic::{AtomicU32, Ordering},
@@ -136,6 +136,15 @@ impl Hypervisor for Moody {
     }
     fn migrate(&self, vm: VmId, to: &Destination, route: &Route, job: &Job) -> Hyper<()> {
         self.inner.migrate(vm, to, route, job)
+    }
+    fn disk_at_rest(&self, vm: VmId) -> Hyper<Option<PathBuf>> {
+        self.inner.disk_at_rest(vm)
+    }
+    fn take_in(&self, spec: &GuestSpec, disk: &Path) -> Hyper<()> {
+        self.inner.take_in(spec, disk)
+    }
+    fn let_go(&self, vm: VmId) -> Hyper<()> {
+        self.inner.let_go(vm)
     }
     fn finish_migration(&self, spec: &GuestSpec, run: bool) -> Hyper<()> {
         self.inner.finish_migration(spec, run)

@@ -2,6 +2,8 @@
 //!
 //! After every step both sides are asked, and it is on at one of them at most.
 
+use std::fs;
+
 use model::VmId;
 
 use super::{
@@ -42,7 +44,8 @@ pub fn run(pair: &Pair) {
     it_can_be_given_up_at_the_last_moment(pair, here, there);
     it_moves(pair, here, there);
     it_comes_back_suspended(pair, here, there);
-    here.remove(vm).expect("remove");
+    it_goes_as_it_lies_when_it_is_off(pair, here, there);
+    there.remove(vm).expect("remove");
     both(here, there, vm, [None, None]);
 }
 
@@ -134,6 +137,51 @@ fn it_comes_back_suspended(pair: &Pair, here: &dyn Hypervisor, there: &dyn Hyper
     here.power_off(vm).expect("switch off");
     here.start(&spec).expect("it boots from the disk that came");
     both(here, there, vm, [Some(GuestPower::Running), None]);
+}
+
+fn it_goes_as_it_lies_when_it_is_off(pair: &Pair, here: &dyn Hypervisor, there: &dyn Hypervisor) {
+    let vm = pair.vm;
+    assert_eq!(here.disk_at_rest(vm).expect("ask for the disk of what runs"), None, "it goes as it runs");
+    assert!(here.let_go(vm).is_err(), "it is on");
+    here.power_off(vm).expect("switch off");
+    let off = GuestPower::Off(OffReason::ByAgent);
+    for (epoch, given_up) in [(16, true), (17, false)] {
+        let spec = pair.destination.at(vm, epoch);
+        let to = there.prepare_migration(&spec).expect("prepare");
+        let disk = here.disk_at_rest(vm).expect("ask for the disk").expect("it is off");
+        let came = to.disk.with_extension("coming");
+        fs::copy(&disk, &came).expect("the agents bring it");
+        assert!(there.take_in(&pair.destination.at(vm, epoch + 1), &came).is_err(), "under another placement");
+        both(here, there, vm, [Some(off), None]);
+        there.take_in(&spec, &came).expect("take in");
+        there.take_in(&spec, &came).expect("take in what was taken in");
+        both(here, there, vm, [Some(off), Some(GuestPower::Arrived)]);
+        here.let_go(vm).expect("let go");
+        here.let_go(vm).expect("let go what has gone");
+        assert!(here.disk_at_rest(vm).is_err() && there.disk_at_rest(vm).is_err(), "it is moving");
+        for (what, result) in [
+            ("start", there.start(&spec)),
+            ("resume", there.resume(vm)),
+            ("back up", there.back_up(vm, None, &Job::new(PATIENCE)).map(drop)),
+            ("back up what has gone", here.back_up(vm, None, &Job::new(PATIENCE)).map(drop)),
+        ] {
+            assert!(matches!(result, Err(HypervisorError::Transient(_))), "{what}: {result:?}");
+        }
+        let arrived = [Some(MOVED), Some(GuestPower::Arrived)];
+        both(&*(pair.source.open)(), &*(pair.destination.open)(), vm, arrived);
+        if given_up {
+            there.remove(vm).expect("give up at the destination");
+            here.cancel_migration(vm).expect("give up at the source");
+            both(here, there, vm, [Some(off), None]);
+            continue;
+        }
+        there.finish_migration(&spec, true).expect("finish; whether it runs is for a start to say");
+        there.finish_migration(&spec, false).expect("finish what is finished");
+        both(here, there, vm, [Some(MOVED), Some(off)]);
+        here.remove(vm).expect("remove what has moved");
+        there.start(&spec).expect("it boots from the disk that came");
+        both(here, there, vm, [None, Some(GuestPower::Running)]);
+    }
 }
 
 impl Side<'_> {

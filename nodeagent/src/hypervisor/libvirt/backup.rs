@@ -23,7 +23,7 @@ use serde_json::json;
 
 use super::{
     super::{
-        Backup, HypervisorError, Parent, Result,
+        Backup, GuestPower, HypervisorError, OffReason, Parent, Result,
         domain_xml::{backup_xml, checkpoint_xml},
         guest_dir::{failed, remove_file},
         job::Job,
@@ -34,14 +34,15 @@ use super::{
     domain_job::{self, GLANCE},
     handle::Handle,
     increment,
-    power::{Record, Seen},
+    power::Record,
 };
 
 pub fn back_up(h: &Libvirt, vm: VmId, parent: Option<&Parent>, job: &Job) -> Result<Backup> {
     clear(h, vm)?;
     let domain = h.domain(vm)?.ok_or_else(|| HypervisorError::Transient(format!("{vm} is not on this host")))?;
     let seen = domain.seen()?;
-    if h.arrives(vm)? || seen == Seen::Moved {
+    // By what is remembered: libvirt forgets that a guest moved, and knows nothing of one that was off.
+    if h.arrives(vm)? || h.observe(vm, &domain)? == GuestPower::Off(OffReason::Moved) {
         return Err(HypervisorError::Transient(format!("{vm} is moving between hosts")));
     }
     let file = h.dirs.backup(vm);

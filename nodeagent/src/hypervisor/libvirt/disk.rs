@@ -6,7 +6,7 @@
 use std::{
     fs,
     os::unix::fs::MetadataExt,
-    path::{self, Path},
+    path::{self, Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -22,29 +22,57 @@ pub fn make_overlay(spec: &GuestSpec, disk: &Path) -> Result<()> {
             spec.base_virtual_bytes, spec.size.disk_bytes
         )));
     }
+    let (base, format) = base(spec)?;
+    let part = disk.with_extension("part");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).args([&base, &part]);
+    run(create.arg(spec.size.disk_bytes.to_string()), "make the disk")?;
+    fs::rename(&part, disk).map_err(|e| failed("move", &part, e))
+}
+
+/// An overlay from another host names the base by its path there. One that stands alone stays so.
+pub fn stand_on_base(spec: &GuestSpec, disk: &Path) -> Result<()> {
+    let named = qcow2::backing(disk);
+    if named.map_err(|why| HypervisorError::Permanent(format!("the disk {}: {why}", disk.display())))?.is_none() {
+        return Ok(());
+    }
+    let (base, format) = base(spec)?;
+    // `-u`: only the name; the same bytes are there by digest.
+    let mut rebase = Command::new("qemu-img");
+    rebase.args(["rebase", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]).args([&base, disk]);
+    run(&mut rebase, "put the disk on its base")
+}
+
+/// The base by its full path, for an overlay's header, and its format.
+fn base(spec: &GuestSpec) -> Result<(PathBuf, &'static str)> {
     let base = path::absolute(&spec.base).map_err(|e| failed("find", &spec.base, e))?;
-    let format = match spec.base_format {
-        ImageFormat::Raw => "raw",
+    match spec.base_format {
+        ImageFormat::Raw => Ok((base, "raw")),
         ImageFormat::Qcow2 => {
             // Images are checked when they are imported, and increments when they are fetched. Once more here.
             qcow2::chain_is(&base, &spec.base_parents)
                 .map_err(|why| HypervisorError::Permanent(format!("the image {}: {why}", base.display())))?;
-            "qcow2"
+            Ok((base, "qcow2"))
         }
-    };
-    let part = disk.with_extension("part");
-    let made = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "-F", format, "-b"])
-        .args([&base, &part])
-        .arg(spec.size.disk_bytes.to_string())
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|e| HypervisorError::Transient(format!("cannot run qemu-img: {e}")))?;
-    if !made.status.success() {
-        let said = String::from_utf8_lossy(&made.stderr);
-        return Err(HypervisorError::Transient(format!("qemu-img cannot make the disk: {}", said.trim())));
     }
-    fs::rename(&part, disk).map_err(|e| failed("move", &part, e))
+}
+
+fn run(command: &mut Command, what: &str) -> Result<()> {
+    let done = command.stdin(Stdio::null()).output();
+    let done = done.map_err(|e| HypervisorError::Transient(format!("cannot run qemu-img: {e}")))?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&done.stderr);
+    Err(HypervisorError::Transient(format!("qemu-img cannot {what}: {}", said.trim())))
+}
+
+pub fn must_be_there(disk: &Path) -> Result<()> {
+    match disk.try_exists() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(HypervisorError::Permanent(format!("its disk is gone: {}", disk.display()))),
+        Err(e) => Err(failed("look at", disk, e)),
+    }
 }
 
 /// Bytes that a file takes on the host's disk; 0 when it is not there.

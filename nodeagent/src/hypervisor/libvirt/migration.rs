@@ -31,7 +31,7 @@ use super::{
     },
     Libvirt, Record, Remembered, Seen, backup, domain_job,
     handle::Handle,
-    increment, lock, other_placement,
+    increment, lock, not_handed_over, other_placement,
 };
 
 /// A job that must end is told so this often: there are moments when libvirt cannot end it, and passes them by.
@@ -54,6 +54,14 @@ pub fn arrival(domain: &Handle) -> Result<Option<GuestPower>> {
     }
     let persistent = domain.call("looking at", |d| d.is_persistent())?;
     Ok(Some(if persistent { GuestPower::Arrived } else { GuestPower::Arriving }))
+}
+
+/// What has come and was not handed over is not switched on.
+pub fn must_not_be_coming(h: &Libvirt, vm: VmId, seen: Seen) -> Result<()> {
+    let record = h.dirs.read::<Record>(vm)?.filter(|record| record.arriving);
+    let paused = seen.is_on() && seen != Seen::Running;
+    let coming = |record: Record| paused || record.remembered == Remembered::Arrived;
+    if record.is_some_and(coming) { Err(not_handed_over(vm)) } else { Ok(()) }
 }
 
 pub fn prepare(h: &Libvirt, spec: &GuestSpec) -> Result<Destination> {
@@ -153,6 +161,15 @@ pub fn finish(h: &Libvirt, spec: &GuestSpec, run: bool) -> Result<()> {
     let domain = h.domain(vm)?.ok_or_else(absent)?;
     if let Some(mark) = domain.mark()?.filter(|mark| mark.epoch != spec.epoch) {
         return Err(other_placement(spec, mark.epoch));
+    }
+    let record = h.dirs.read::<Record>(vm)?;
+    match record.as_ref().map(|record| (record.arriving, record.remembered)) {
+        Some((true, Remembered::Arrived)) => {
+            return h.amend(vm, |record| (record.arriving, record.remembered) = (false, Remembered::OffByAgent));
+        }
+        // Taken over already: whether it is on since is for others to say.
+        Some((false, _)) => return Ok(()),
+        _ => {}
     }
     if h.arrives(vm)? {
         match arrival(&domain)? {

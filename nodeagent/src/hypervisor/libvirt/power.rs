@@ -17,8 +17,10 @@ use virt::domain::{
 };
 
 use super::{
-    super::{GuestPower, GuestSpec, OffReason},
+    super::{GuestPower, GuestSpec, OffReason, Result},
+    Libvirt,
     increment::Since,
+    lock,
 };
 
 /// What the agent remembers about a guest, in its folder.
@@ -55,6 +57,8 @@ pub enum Remembered {
     OffByAgent,
     Crashed,
     Moved,
+    /// Off when it left another host. Its disk is here, and it was not handed over to this one yet.
+    Arrived,
 }
 
 /// What libvirt says.
@@ -160,6 +164,18 @@ fn power_of(remembered: Remembered) -> GuestPower {
         Remembered::OffByAgent => GuestPower::Off(OffReason::ByAgent),
         Remembered::Crashed => GuestPower::Off(OffReason::Crashed),
         Remembered::Moved => GuestPower::Off(OffReason::Moved),
+        Remembered::Arrived => GuestPower::Arrived,
+    }
+}
+
+impl Libvirt {
+    /// Change what is remembered, if anything is.
+    pub(super) fn amend(&self, vm: VmId, change: impl FnOnce(&mut Record)) -> Result<()> {
+        let _records = lock(&self.records);
+        let Some(mut record) = self.dirs.read::<Record>(vm)? else { return Ok(()) };
+        let before = record.clone();
+        change(&mut record);
+        if record == before { Ok(()) } else { self.dirs.write(vm, &record) }
     }
 }
 
@@ -207,6 +223,7 @@ mod tests {
             (record(R::On, true), S::Moved, P::Off(O::Moved), Some(R::Moved)),
             (record(R::Moved, false), S::Off, P::Off(O::Moved), None),
             (record(R::OffByAgent, true), S::Moved, P::Off(O::ByAgent), None),
+            (record(R::Arrived, false), S::Off, P::Arrived, None),
             // libvirtd restarted and forgot why.
             (record(R::OffByGuest, false), S::Off, P::Off(O::ByGuest), None),
             (record(R::OffByAgent, true), S::Off, P::Off(O::ByAgent), None),

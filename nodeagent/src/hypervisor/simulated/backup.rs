@@ -46,7 +46,7 @@ pub fn keep(h: &Simulated, vm: VmId, digest: Digest) -> Result<()> {
 }
 
 /// Fields of the qcow2 header, from QEMU's docs/interop/qcow2.txt; then a sentence, which makes each one different.
-fn image(guest: &SimGuest, parent: Option<Digest>) -> Vec<u8> {
+pub fn image(guest: &SimGuest, parent: Option<Digest>) -> Vec<u8> {
     let mut header = vec![0; 104];
     header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
     header[20..24].copy_from_slice(&16u32.to_be_bytes());

@@ -68,7 +68,7 @@ pub fn migrate(h: &Simulated, vm: VmId, to: &Destination, job: &Job) -> Result<(
 
 /// What its source says of a guest that is expected here.
 pub fn note_arrival(dirs: &GuestDirs, guest: &mut SimGuest) -> Result<()> {
-    if !guest.expected || !(guest.power == Power::Made || guest.is_coming()) {
+    if !guest.expected || !matches!(guest.power, Power::Made | Power::Arriving | Power::Arrived) {
         return Ok(());
     }
     let power = match read(&dirs.dir(guest.vm).join(ARRIVAL))?.as_deref() {
@@ -89,6 +89,11 @@ pub fn finish(h: &Simulated, spec: &GuestSpec, run: bool) -> Result<()> {
     guest.same_placement(spec)?;
     match guest.power {
         Power::On | Power::Suspended => return Ok(()),
+        Power::Off(_) if !guest.expected => return Ok(()),
+        Power::ArrivedOff => {
+            *guest = SimGuest { power: Power::Off(Why::ByAgent), ..SimGuest::new(spec) };
+            return h.dirs.write(spec.vm, guest);
+        }
         Power::Arrived => {}
         _ => return Err(HypervisorError::Transient(format!("{} has not arrived here", spec.vm))),
     }

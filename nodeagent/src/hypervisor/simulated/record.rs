@@ -8,7 +8,7 @@ use std::{
 use model::{Digest, Mac, VmId};
 use serde::{Deserialize, Serialize};
 
-use super::super::{Guest, GuestSpec, GuestUsage, HypervisorError, OffReason, Result};
+use super::super::{Guest, GuestPower, GuestSpec, GuestUsage, HypervisorError, OffReason, Result};
 use crate::clock::boot_id;
 
 /// How busy a simulated guest keeps each of its CPUs: what an idle Linux guest was seen to use.
@@ -60,6 +60,8 @@ pub enum Power {
     /// It is on its way to here from another host.
     Arriving,
     Arrived,
+    /// It came as a disk, off.
+    ArrivedOff,
     Off(Why),
 }
 
@@ -100,7 +102,7 @@ impl SimGuest {
 
     /// It is on its way, or here and not handed over.
     pub fn is_coming(&self) -> bool {
-        matches!(self.power, Power::Arriving | Power::Arrived)
+        matches!(self.power, Power::Arriving | Power::Arrived | Power::ArrivedOff)
     }
 
     /// Size and name may have changed since the last time.
@@ -149,6 +151,19 @@ impl SimGuest {
 /// The record in a folder of any kind; `None` when there is none that can be read.
 pub fn read_kept(dir: &Path) -> Option<SimGuest> {
     serde_json::from_slice(&fs::read(dir.join("guest.json")).ok()?).ok()
+}
+
+impl From<SimGuest> for GuestPower {
+    fn from(guest: SimGuest) -> Self {
+        match guest.power {
+            Power::On => Self::Running,
+            Power::Suspended => Self::Suspended,
+            Power::Arriving => Self::Arriving,
+            Power::Arrived | Power::ArrivedOff => Self::Arrived,
+            Power::Made => Self::Off(OffReason::Unknown),
+            Power::Off(why) => Self::Off(why.into()),
+        }
+    }
 }
 
 impl From<OffReason> for Why {

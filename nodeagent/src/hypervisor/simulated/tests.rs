@@ -7,7 +7,7 @@ use model::{ImageFormat, Mac, NetworkId};
 use super::*;
 use crate::{
     hypervisor::{
-        GuestNic,
+        GuestNic, GuestPower,
         contract::{Subject, migration, run},
     },
     lease::{Machine, Standing},
