@@ -6,6 +6,9 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{arguments::Command, config::variable};
 
+/// openraft tells at `info` of every election timer that fires, a hundred times a second while a link is cut.
+const OF_A_SERVER: &str = "info,openraft=warn";
+
 /// A server logs at `info` unless `TREFOIL_LOG` says otherwise, for example `debug` or `raft=trace,info`; a client logs
 /// only when `TREFOIL_LOG` is set.
 pub fn init(command: &Command) {
@@ -13,10 +16,10 @@ pub fn init(command: &Command) {
     if asked.is_none() && !command.is_server() {
         return;
     }
-    let filter = EnvFilter::try_new(asked.as_deref().unwrap_or("info"));
+    let filter = EnvFilter::try_new(asked.as_deref().unwrap_or(OF_A_SERVER));
     let filter = filter.unwrap_or_else(|e| {
         eprintln!("TREFOIL_LOG is ignored: {e}");
-        EnvFilter::new("info")
+        EnvFilter::new(OF_A_SERVER)
     });
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     // A line that cannot be written, because the disk is full, is lost. Told about it, the library would panic on the same

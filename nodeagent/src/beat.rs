@@ -27,6 +27,7 @@ use tokio::{
 use crate::{clock, lease::Leases, view::View};
 
 const PERIOD: Duration = Duration::from_nanos(BEAT_NANOS);
+const NANOS_PER_MILLI: u64 = 1_000_000;
 const STATUS_PERIOD_MILLIS: u64 = 5_000;
 /// Addresses are usually numbers; a name server that hangs must not hold the beats.
 const LOOKUP_TIMEOUT: Duration = Duration::from_millis(300);
@@ -52,7 +53,8 @@ struct Target {
     nonce: u64,
     /// The highest beat that it answered: an older answer is late or replayed.
     answered: u64,
-    /// When the last such answer came, or when it was first beaten to.
+    /// When the last beat that it answered within a lease's time was sent, or when it was first beaten to. Not when the
+    /// answer came: one that comes too late for a lease must not look like one that came.
     answered_at: u64,
     sent: VecDeque<Sent>,
 }
@@ -160,7 +162,7 @@ impl Beats {
         }
         let answers = (target.answered + 1..=last_seq).contains(&ack.seq);
         if answers {
-            (target.nonce, target.answered, target.answered_at) = (ack.nonce, ack.seq, clock::boottime_millis());
+            target.answer(&ack);
         }
         answers
     }
@@ -178,6 +180,13 @@ impl Target {
             self.sent.pop_front();
         }
         self.sent.push_back(sent);
+    }
+
+    fn answer(&mut self, ack: &Ack) {
+        (self.nonce, self.answered) = (ack.nonce, ack.seq);
+        if let Some(sent) = self.sent.iter().find(|sent| sent.seq == ack.seq) {
+            self.answered_at = sent.at / NANOS_PER_MILLI;
+        }
     }
 
     /// The incarnation and the end of the lease that an answer grants: it must repeat exactly a beat that this process
@@ -291,5 +300,20 @@ mod tests {
         assert_eq!(target.granted(&Ack { grant: None, ..ack(2, 2000) }, 5), None, "no grant");
         target.note(Sent { seq: 3, at: 2001 + LEASE_NANOS, incarnation: 5 });
         assert_eq!(target.sent.len(), 1, "answers to older ones would grant nothing any more");
+    }
+
+    #[test]
+    fn a_controller_whose_answers_come_too_late_for_a_lease_does_not_answer() {
+        let mut target = Target::new(SocketAddr::from(([127, 0, 0, 1], 7470)));
+        let second = 1000 * NANOS_PER_MILLI;
+        let ack = |seq, nonce| Ack { node: NodeId(1), seq, nonce, boottime_nanos: 0, leader: true, grant: None };
+        for seq in 1..=7 {
+            target.note(Sent { seq, at: seq * second, incarnation: 1 });
+        }
+        target.answer(&ack(6, 9));
+        assert_eq!((target.answered_at, target.nonce), (6000, 9), "counted from the send");
+        target.note(Sent { seq: 8, at: 13 * second, incarnation: 1 });
+        target.answer(&ack(7, 10));
+        assert_eq!((target.answered_at, target.nonce, target.answered), (6000, 10, 7), "it is there, and too late");
     }
 }

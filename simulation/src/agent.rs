@@ -184,7 +184,7 @@ impl Agent {
     }
 
     /// An answer grants by the beat that this process sent to that controller, not by what it says.
-    pub fn hear_ack(&mut self, from: usize, ack: &Ack, host: &mut Host, now: u64) {
+    pub fn hear_ack(&mut self, from: usize, ack: &Ack, host: &mut Host) {
         let target = &mut self.targets[from];
         let sent = target.sent.iter().find(|sent| (sent.seq, sent.at) == (ack.seq, ack.boottime_nanos)).copied();
         if let (Some(grant), Some(sent)) = (ack.grant, sent)
@@ -194,7 +194,8 @@ impl Agent {
             host.page = self.keeper.force().clone();
         }
         if (target.answered + 1..=self.seq).contains(&ack.seq) {
-            (target.nonce, target.answered, target.answered_at) = (ack.nonce, ack.seq, host.clock.at(now));
+            (target.nonce, target.answered) = (ack.nonce, ack.seq);
+            target.answered_at = sent.map_or(target.answered_at, |sent| sent.at);
         }
     }
 

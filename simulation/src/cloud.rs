@@ -205,7 +205,7 @@ impl Cloud {
                 }
                 let Some(mut agent) = host.agent.take() else { return };
                 match packet {
-                    Packet::Ack(from, ack) => agent.hear_ack(from, &ack, host, now),
+                    Packet::Ack(from, ack) => agent.hear_ack(from, &ack, host),
                     Packet::Echo(assignment) => agent.obey(&mut self.around, host, *assignment),
                     Packet::Beat(_) => {}
                 }

@@ -105,7 +105,8 @@ int fdatasync(int fd) { return sync_file(fd, SYS_fdatasync); }
 static int takes_nothing(int fd) {
   char path[4096];
   if (!page || !page->full || !on_disk(fd, path, sizeof path)) return 0;
-  count(&page->refused);
+  /* The database's diary, its file LOG, is refused too; that nobody stops for it is no matter. */
+  if (strcmp(strrchr(path, '/'), "/LOG")) count(&page->refused);
   errno = ENOSPC;
   return 1;
 }
