@@ -45,11 +45,7 @@ impl Switch {
                 return Some(format!("the command '{tool}' is not installed"));
             }
         }
-        let probe = format!("tfj{}p", std::process::id());
-        let made = run("ip", &["netns", "add", &probe])
-            .and_then(|()| run("ip", &["netns", "exec", &probe, "nft", "add", "table", "inet", "probe"]));
-        let _ = run("ip", &["netns", "del", &probe]);
-        made.err().map(|e| format!("{e:#}"))
+        tried(|name| run("ip", &["netns", "exec", name, "nft", "add", "table", "inet", "probe"]))
     }
 
     /// A switch with `hosts` hosts, numbered from 0.
@@ -57,8 +53,7 @@ impl Switch {
     /// # Errors
     /// When the kernel refuses; what was made is removed.
     pub fn new(hosts: usize) -> anyhow::Result<Self> {
-        static MADE: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("tfj{}n{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let name = new_name();
         let mut switch = Self { name: name.clone(), hosts: Vec::new() };
         run("ip", &["netns", "add", &name])?;
         run("ip", &["-n", &name, "link", "add", "br0", "type", "bridge", "forward_delay", "0", "stp_state", "0"])?;
@@ -159,12 +154,7 @@ impl Switch {
 
     /// Why ports cannot be turned on this machine, if they cannot.
     pub fn turn_obstacle() -> Option<String> {
-        Self::obstacle().or_else(|| {
-            let probe = format!("tfj{}t", std::process::id());
-            let made = run("ip", &["netns", "add", &probe]).and_then(|()| nft(&probe, &turned(1, 2)));
-            let _ = run("ip", &["netns", "del", &probe]);
-            made.err().map(|e| format!("{e:#}"))
-        })
+        Self::obstacle().or_else(|| tried(|name| nft(name, &turned(1, 2))))
     }
 
     /// A UDP socket of this process that is on a host; port 0 is any. It does not block.
@@ -186,10 +176,7 @@ impl Switch {
 
     /// Why packets cannot be delayed on this machine, if they cannot.
     pub fn delay_obstacle() -> Option<String> {
-        let probe = format!("tfj{}d", std::process::id());
-        let made = run("ip", &["netns", "add", &probe]).and_then(|()| delay(&probe, "lo", true));
-        let _ = run("ip", &["netns", "del", &probe]);
-        made.err().map(|e| format!("{e:#}"))
+        tried(|name| delay(name, "lo", true))
     }
 
     /// Whether what a host sends is delayed.
@@ -289,6 +276,21 @@ fn delay(namespace: &str, device: &str, on: bool) -> anyhow::Result<()> {
 /// All of the script or nothing of it.
 fn nft(namespace: &str, script: &str) -> anyhow::Result<()> {
     run("ip", &["netns", "exec", namespace, "nft", script])
+}
+
+/// Of a namespace: no other thread of this process has it either.
+fn new_name() -> String {
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    format!("tfj{}n{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Tries something in a namespace that is removed again; why it cannot be done, if it cannot.
+fn tried(attempt: impl FnOnce(&str) -> anyhow::Result<()>) -> Option<String> {
+    let name = new_name();
+    let made = run("ip", &["netns", "add", &name]).and_then(|()| attempt(&name));
+    // When it could not be made there is nothing to remove.
+    let _ = run("ip", &["netns", "del", &name]);
+    made.err().map(|e| format!("{e:#}"))
 }
 
 impl Drop for Switch {
