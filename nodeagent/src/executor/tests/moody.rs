@@ -7,7 +7,7 @@ use std::{
         Mutex,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use model::{Capacity, Digest, HypervisorKind, VmId, telemetry::NodeStatus};
@@ -97,7 +97,9 @@ impl Hypervisor for Moody {
             Mood::Good | Mood::Unreachable | Mood::Starting(_) => {}
         }
         self.starts.fetch_add(1, Ordering::SeqCst);
-        while self.mood() == Mood::Starting(spec.vm) {
+        // Bounded, because a test that has failed does not end before its threads do.
+        let begun = Instant::now();
+        while self.mood() == Mood::Starting(spec.vm) && begun.elapsed() < Duration::from_secs(30) {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.inner.start(spec)
