@@ -54,7 +54,7 @@ struct Target {
     /// The highest beat that it answered: an older answer is late or replayed.
     answered: u64,
     /// When the last beat that it answered within a lease's time was sent, or when it was first beaten to. Not when the
-    /// answer came: one that comes too late for a lease must not look like one that came.
+    /// answer came: one that comes too late for a lease must not look like one that came. Nanoseconds, as in `sent`.
     answered_at: u64,
     sent: VecDeque<Sent>,
 }
@@ -137,7 +137,7 @@ impl Beats {
                 seq,
                 boottime_nanos: sent.at,
                 nonce: target.nonce,
-                unanswered_millis: clock::boottime_millis().saturating_sub(target.answered_at),
+                unanswered_millis: sent.at.saturating_sub(target.answered_at) / NANOS_PER_MILLI,
                 status: status.clone(),
             };
             let sent = match encode(&beat, &self.key) {
@@ -170,7 +170,7 @@ impl Beats {
 
 impl Target {
     fn new(address: SocketAddr) -> Self {
-        Self { address, nonce: 0, answered: 0, answered_at: clock::boottime_millis(), sent: VecDeque::new() }
+        Self { address, nonce: 0, answered: 0, answered_at: clock::boottime_nanos(), sent: VecDeque::new() }
     }
 
     fn note(&mut self, sent: Sent) {
@@ -185,7 +185,7 @@ impl Target {
     fn answer(&mut self, ack: &Ack) {
         (self.nonce, self.answered) = (ack.nonce, ack.seq);
         if let Some(sent) = self.sent.iter().find(|sent| sent.seq == ack.seq) {
-            self.answered_at = sent.at / NANOS_PER_MILLI;
+            self.answered_at = sent.at;
         }
     }
 
@@ -305,15 +305,19 @@ mod tests {
     #[test]
     fn a_controller_whose_answers_come_too_late_for_a_lease_does_not_answer() {
         let mut target = Target::new(SocketAddr::from(([127, 0, 0, 1], 7470)));
-        let second = 1000 * NANOS_PER_MILLI;
+        let second = 1_000_000_000;
         let ack = |seq, nonce| Ack { node: NodeId(1), seq, nonce, boottime_nanos: 0, leader: true, grant: None };
         for seq in 1..=7 {
             target.note(Sent { seq, at: seq * second, incarnation: 1 });
         }
         target.answer(&ack(6, 9));
-        assert_eq!((target.answered_at, target.nonce), (6000, 9), "counted from the send");
+        assert_eq!((target.answered_at, target.nonce), (6 * second, 9), "counted from the send");
         target.note(Sent { seq: 8, at: 13 * second, incarnation: 1 });
         target.answer(&ack(7, 10));
-        assert_eq!((target.answered_at, target.nonce, target.answered), (6000, 10, 7), "it is there, and too late");
+        assert_eq!(
+            (target.answered_at, target.nonce, target.answered),
+            (6 * second, 10, 7),
+            "it is there, and too late"
+        );
     }
 }

@@ -151,10 +151,7 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
     drop(peers);
     let growth = match settings.grown {
         0 => None,
-        machines => {
-            let time = Duration::from_secs_f64(settings.seconds);
-            Some(growth::measure(&root.join("g"), machines, settings.hosts, settings.watchers, time).await?)
-        }
+        _ => Some(growth::measure(&root.join("g"), settings).await?),
     };
     let creation = match machines::obstacle() {
         None if settings.machines > 0 => Some(machines::measure(settings.machines).await?),

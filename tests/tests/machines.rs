@@ -133,15 +133,7 @@ async fn machines_of_a_lost_host_are_made_again_elsewhere_and_not_taken_back() {
     let mut stage = Stage::furnished(2).await;
     stage.create_vm("web", "tiny").await.unwrap();
     let before = stage.vm_is("web", "running").await;
-    let host = (0..2).find(|host| format!("host-{}", host + 1) == before.node).expect("the host has a name");
-    assert!(stage.cluster.kill_agent(host).unwrap());
-    let elsewhere = async || match stage.vm("web").await {
-        Ok(vm) if vm.status == "running" && vm.node != before.node => Ok(()),
-        Ok(vm) => Err(format!("{} on {}: {}", vm.status, vm.node, vm.reason)),
-        Err(error) => Err(error.to_string()),
-    };
-    until("it runs on the other host", elsewhere).await;
-    let after = stage.vm("web").await.unwrap();
+    let (host, after) = made_again_elsewhere(&mut stage, &before).await;
     assert!(after.epoch > before.epoch && after.nics == before.nics, "a new placement under the same address");
     assert_eq!(after.loss.expect("the loss is told").node, before.node);
     let status = stage.trefoil_ok(&["recovery", "status"]);
@@ -174,7 +166,7 @@ async fn a_machine_of_a_lost_host_is_made_from_its_last_backup() {
     let listed = stage.trefoil_ok(&["backup", "list", "--vm", "web"]);
     assert_eq!((listed.as_array().map(Vec::len), &listed[0]["backup_of"]), (Some(1), &before.id.as_str().into()));
 
-    let after = made_again_elsewhere(&mut stage, &before).await;
+    let (_, after) = made_again_elsewhere(&mut stage, &before).await;
     assert_eq!(after.backups.unwrap().restored_from, listed[0]["name"].as_str().unwrap());
     assert_eq!(after.loss.unwrap().data_from_millis, listed[0]["taken_at_millis"].as_u64().unwrap());
     let name = listed[0]["name"].as_str().unwrap();
@@ -220,7 +212,7 @@ async fn increments_stand_on_a_full_backup_and_a_lost_machine_is_made_from_the_n
         if backups.safe_image == name(2) { Ok(()) } else { Err(format!("{backups:?}")) }
     })
     .await;
-    let after = made_again_elsewhere(&mut stage, &before).await;
+    let (_, after) = made_again_elsewhere(&mut stage, &before).await;
     assert_eq!(after.backups.unwrap().restored_from, name(2));
     assert_eq!(after.loss.unwrap().data_from_millis, listed[2]["taken_at_millis"].as_u64().unwrap());
 
@@ -237,8 +229,8 @@ async fn increments_stand_on_a_full_backup_and_a_lost_machine_is_made_from_the_n
     stage.strike().await;
 }
 
-/// Its host ends, and it runs on the other of two.
-async fn made_again_elsewhere(stage: &mut Stage, before: &Vm) -> Vm {
+/// Its host, which ends, and how it runs on the other of two.
+async fn made_again_elsewhere(stage: &mut Stage, before: &Vm) -> (usize, Vm) {
     let host = (0..2).find(|host| format!("host-{}", host + 1) == before.node).expect("the host has a name");
     assert!(stage.cluster.kill_agent(host).unwrap());
     until("it runs on the other host", async || match stage.vm(&before.name).await {
@@ -247,7 +239,7 @@ async fn made_again_elsewhere(stage: &mut Stage, before: &Vm) -> Vm {
         Err(error) => Err(error.to_string()),
     })
     .await;
-    stage.vm(&before.name).await.unwrap()
+    (host, stage.vm(&before.name).await.unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread")]

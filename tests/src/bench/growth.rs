@@ -21,7 +21,7 @@ use model::Capacity;
 use serde::Serialize;
 
 use super::{
-    TENANT,
+    Settings, TENANT,
     fleet::{Fleet, Listening},
     load::{self, Operation},
     store, watchers,
@@ -74,30 +74,18 @@ impl Quantiles {
 
 /// # Errors
 /// When the cloud does not come up or refuses.
-pub async fn measure(
-    root: &Path,
-    machines: usize,
-    hosts: usize,
-    watching: usize,
-    time: Duration,
-) -> anyhow::Result<Growth> {
+pub async fn measure(root: &Path, settings: &Settings) -> anyhow::Result<Growth> {
     // One host takes the image and has no room for a machine.
     let options =
         Options { controllers: 3, agents: 1, offer: Some((1, 1 << 20)), isolated: false, snapshot_every: None };
     let cluster = Cluster::start(root, options).await?;
-    let grown = grow(&cluster, root, machines, hosts, watching, time).await;
+    let grown = grow(&cluster, root, settings).await;
     cluster.stop().await?;
     grown
 }
 
-async fn grow(
-    cluster: &Cluster,
-    root: &Path,
-    machines: usize,
-    hosts: usize,
-    watching: usize,
-    time: Duration,
-) -> anyhow::Result<Growth> {
+async fn grow(cluster: &Cluster, root: &Path, settings: &Settings) -> anyhow::Result<Growth> {
+    let (machines, hosts) = (settings.grown, settings.hosts);
     prepare(cluster, root, machines)?;
     let clients: Vec<Client> = (0..3).map(|number| client(cluster, number)).collect::<Result<_, _>>()?;
     let each = ROOM * machines.div_ceil(hosts) as u64;
@@ -113,11 +101,11 @@ async fn grow(
     eprintln!("  {machines} machines: {created_per_second:.0} created a second");
     let (list_millis, page_millis, writes_per_second) = read_lists(cluster, &clients, machines).await?;
     eprintln!("  list p99 {:.1} ms, page p99 {:.2} ms", list_millis.p99, page_millis.p99);
-    let watching = watchers::measure(cluster, watching).await?;
+    let watching = watchers::measure(cluster, settings.watchers).await?;
     eprintln!("  {} watchers: p99 {:.1} ms", watching.watchers, watching.p99_millis);
     let placed_per_second = place(&clients, &fleet, machines).await?;
     eprintln!("  {placed_per_second:.0} placed a second");
-    let mut listening = Vec::new();
+    let (mut listening, time) = (Vec::new(), Duration::from_secs_f64(settings.seconds));
     for per_second in BEATS {
         listening.extend(fleet.measure(cluster, per_second, time).await?);
     }

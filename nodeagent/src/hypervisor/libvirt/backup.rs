@@ -30,7 +30,7 @@ use super::{
         qcow2,
     },
     Libvirt,
-    disk::allocated_bytes,
+    disk::{allocated_bytes, qemu_img, rename_backing},
     domain_job::{self, GLANCE},
     handle::Handle,
     increment,
@@ -227,8 +227,7 @@ struct Info {
 
 /// QEMU has written an increment as one of the guest's own disk. What it was copied from is no matter of what it holds.
 fn stand_on(file: &Path, parent: &Parent) -> Result<()> {
-    let name = parent.digest.to_string();
-    qemu_img(&["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", &name], file.as_os_str()).map(drop)
+    rename_backing(file, OsStr::new(&parent.digest.to_string()), "qcow2")
 }
 
 /// Opens the file as a disk, with all that it stands on, and looks through its tables; the size that a guest sees.
@@ -238,19 +237,10 @@ fn check(file: &Path, parent: Option<&Parent>) -> Result<u64> {
     let disk = |file: &Path| json!({ "driver": "qcow2", "file": { "driver": "file", "filename": file } });
     let mut whole = disk(file);
     whole["backing"] = parent.map_or(json!(null), |parent| disk(&parent.file));
-    qemu_img(&["check", "-q"], OsStr::new(&format!("json:{whole}")))?;
-    let told = qemu_img(&["info", "--output=json", "-f", "qcow2"], file.as_os_str())?;
+    qemu_img(&["check", "-q"], &[OsStr::new(&format!("json:{whole}"))])?;
+    let told = qemu_img(&["info", "--output=json", "-f", "qcow2"], &[file.as_os_str()])?;
     let info: Info = serde_json::from_slice(&told).map_err(|e| transient(&format!("qemu-img info: {e}")))?;
     Ok(info.virtual_size)
-}
-
-fn qemu_img(arguments: &[&str], image: &OsStr) -> Result<Vec<u8>> {
-    let done = Command::new("qemu-img").args(arguments).arg(image).stdin(Stdio::null()).output();
-    let done = done.map_err(|e| transient(&format!("cannot run qemu-img: {e}")))?;
-    if done.status.success() {
-        return Ok(done.stdout);
-    }
-    Err(transient(&format!("qemu-img {}: {}", arguments[0], String::from_utf8_lossy(&done.stderr).trim())))
 }
 
 fn transient(why: &str) -> HypervisorError {

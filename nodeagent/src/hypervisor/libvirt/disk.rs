@@ -4,6 +4,7 @@
 //! looked at first (`qcow2`), because QEMU follows whatever files a qcow2 header names.
 
 use std::{
+    ffi::OsStr,
     fs,
     os::unix::fs::MetadataExt,
     path::{self, Path, PathBuf},
@@ -23,10 +24,9 @@ pub fn make_overlay(spec: &GuestSpec, disk: &Path) -> Result<()> {
         )));
     }
     let (base, format) = base(spec)?;
-    let part = disk.with_extension("part");
-    let mut create = Command::new("qemu-img");
-    create.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).args([&base, &part]);
-    run(create.arg(spec.size.disk_bytes.to_string()), "make the disk")?;
+    let (part, size) = (disk.with_extension("part"), spec.size.disk_bytes.to_string());
+    let create = ["create", "-q", "-f", "qcow2", "-F", format, "-b"];
+    qemu_img(&create, &[base.as_os_str(), part.as_os_str(), OsStr::new(&size)])?;
     fs::rename(&part, disk).map_err(|e| failed("move", &part, e))
 }
 
@@ -37,10 +37,13 @@ pub fn stand_on_base(spec: &GuestSpec, disk: &Path) -> Result<()> {
         return Ok(());
     }
     let (base, format) = base(spec)?;
-    // `-u`: only the name; the same bytes are there by digest.
-    let mut rebase = Command::new("qemu-img");
-    rebase.args(["rebase", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]).args([&base, disk]);
-    run(&mut rebase, "put the disk on its base")
+    rename_backing(disk, base.as_os_str(), format)
+}
+
+/// Only the name: that the same bytes are there is for the caller to know.
+pub fn rename_backing(file: &Path, name: &OsStr, format: &str) -> Result<()> {
+    let rebase = ["rebase", "-q", "-u", "-f", "qcow2", "-F", format, "-b"];
+    qemu_img(&rebase, &[name, file.as_os_str()]).map(drop)
 }
 
 /// The base by its full path, for an overlay's header, and its format.
@@ -57,14 +60,15 @@ fn base(spec: &GuestSpec) -> Result<(PathBuf, &'static str)> {
     }
 }
 
-fn run(command: &mut Command, what: &str) -> Result<()> {
-    let done = command.stdin(Stdio::null()).output();
+/// What it prints.
+pub fn qemu_img(arguments: &[&str], files: &[&OsStr]) -> Result<Vec<u8>> {
+    let done = Command::new("qemu-img").args(arguments).args(files).stdin(Stdio::null()).output();
     let done = done.map_err(|e| HypervisorError::Transient(format!("cannot run qemu-img: {e}")))?;
     if done.status.success() {
-        return Ok(());
+        return Ok(done.stdout);
     }
     let said = String::from_utf8_lossy(&done.stderr);
-    Err(HypervisorError::Transient(format!("qemu-img cannot {what}: {}", said.trim())))
+    Err(HypervisorError::Transient(format!("qemu-img {}: {}", arguments[0], said.trim())))
 }
 
 pub fn must_be_there(disk: &Path) -> Result<()> {
