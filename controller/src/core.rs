@@ -31,6 +31,8 @@ const CATCH_UP: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy)]
 pub(crate) enum Freshness {
     Linearizable,
+    /// What was true at this index, or later.
+    AtLeast(u64),
     Stale,
 }
 
@@ -43,8 +45,12 @@ impl From<bool> for Freshness {
 impl Core {
     /// Reads the state as fresh as was asked for; the label says what it was.
     pub async fn read<T>(&self, freshness: Freshness, look: impl FnOnce(&State) -> T) -> Result<(T, ReadAt), ApiError> {
-        if matches!(freshness, Freshness::Linearizable) {
-            self.linearize().await?;
+        match freshness {
+            Freshness::Linearizable => self.linearize().await?,
+            Freshness::AtLeast(index) => self.applied(index).await.map_err(|_| {
+                ApiError::new("unavailable", format!("this controller has not come to log index {index} yet"))
+            })?,
+            Freshness::Stale => {}
         }
         let stale = matches!(freshness, Freshness::Stale);
         let age = if stale { self.replica.stale_age() } else { Some(Duration::ZERO) };

@@ -22,9 +22,13 @@ const BREATH: Duration = Duration::from_millis(10);
 /// Nodes are watched this often, also when a busy log wakes the loop more often: what is watched for takes seconds.
 const WATCH: Duration = Duration::from_millis(100);
 
+/// How soon this controller may step aside again: when its clock is right after all, each other one finds the same.
+const NOT_AGAIN: Duration = Duration::from_mins(10);
+
 /// Runs until the process ends; works only while this controller leads.
 pub(crate) async fn lead(core: Arc<Core>) {
     let mut leadership = core.replica.watch_leadership();
+    let mut stepped_aside = None;
     loop {
         let Ok(term) = leadership.wait_for(|leadership| leadership.leading).await.map(|leadership| leadership.term)
         else {
@@ -41,6 +45,7 @@ pub(crate) async fn lead(core: Arc<Core>) {
             () = plan_on(&core, term) => {}
             () = confirm(&core) => {}
             () = keep::keep(&core) => {}
+            () = step_aside(&core, &mut stepped_aside) => {}
         }
     }
 }
@@ -53,6 +58,24 @@ async fn confirm(core: &Core) {
             core.hear(|ears| ears.confirmed = Some(asked));
         }
         sleep(CONFIRM).await;
+    }
+}
+
+/// Hands leadership over when it is this machine's clock that drifts, because leases are counted on the leader's.
+async fn step_aside(core: &Core, last: &mut Option<Instant>) {
+    loop {
+        sleep(TICK).await;
+        let recently = last.is_some_and(|last| last.elapsed() < NOT_AGAIN);
+        if recently || !core.hear(|ears| ears.own_clock_drifts()) {
+            continue;
+        }
+        tracing::error!("alert: this machine's clock drifts from those of most nodes: another controller shall lead");
+        *last = Some(Instant::now());
+        if let Err(error) = core.replica.hand_over().await {
+            tracing::warn!(%error, "leadership was not handed over");
+            *last = None;
+            sleep(NOT_AGAIN / 10).await;
+        }
     }
 }
 

@@ -28,6 +28,13 @@ const LOOKED_AT: usize = 16 * PLACED;
 /// it: whatever ailed it (a full disk, a bad one) has had time to be seen to.
 const REPLICA_PAUSE_MILLIS: u64 = 10 * 60_000;
 
+/// A clock is blamed when it has been wrong for so long: whether the other nodes' are too, which makes it the leader's own, is
+/// known within twenty seconds of the first.
+const BLAMED_AFTER_NANOS: u64 = 30 * 1_000_000_000;
+/// And for so long when they are. A leader whose clock drifts has handed over by then; when this one has not, or has been
+/// made leader again, other controllers saw the same.
+const ALL_BLAMED_AFTER_NANOS: u64 = 10 * BLAMED_AFTER_NANOS;
+
 /// Everything that should be proposed at `now` (the leader's wall clock).
 pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
     let mut commands = watch(state, telemetry);
@@ -84,10 +91,12 @@ fn silence(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
 
 /// Nodes on whose clock no lease may be counted any more, or may again.
 fn clocks(state: &State, telemetry: &Telemetry) -> Vec<PlannerCommand> {
-    let judge = |node: &Node| match telemetry.nodes.get(&node.id)?.drift.fitness() {
-        Fitness::Unfit if !node.clock_drifts => Some(PlannerCommand::SetNodeClock { node: node.id, drifts: true }),
-        Fitness::Fit if node.clock_drifts => Some(PlannerCommand::SetNodeClock { node: node.id, drifts: false }),
-        Fitness::Unfit | Fitness::Fit | Fitness::Open => None,
+    let patience = if telemetry.own_clock_drifts() { ALL_BLAMED_AFTER_NANOS } else { BLAMED_AFTER_NANOS };
+    let judge = |node: &Node| {
+        let drift = &telemetry.nodes.get(&node.id)?.drift;
+        let unfit = drift.unfit_since().is_some_and(|since| telemetry.clock.saturating_sub(since) > patience);
+        let drifts = unfit || (node.clock_drifts && drift.fitness() != Fitness::Fit);
+        (drifts != node.clock_drifts).then_some(PlannerCommand::SetNodeClock { node: node.id, drifts })
     };
     state.nodes().values().filter_map(judge).take(BATCH).collect()
 }

@@ -89,6 +89,21 @@ impl Telemetry {
         }
     }
 
+    /// Whether more clocks go wrong in one direction, measured by ours, than go right together with it: then it is ours
+    /// that drifts. So a single node is never believed against us, and two are when no other speaks for us.
+    pub fn own_clock_drifts(&self) -> bool {
+        let heard = self.nodes.values().filter(|heard| self.clock.saturating_sub(heard.at) < lease::LEASE_NANOS);
+        let (mut fast, mut slow, mut right) = (0_usize, 0_usize, 1_usize);
+        for Heard { drift, .. } in heard {
+            match drift.unfit_since().and(drift.rate()) {
+                None => right += 1,
+                Some(rate) if rate.ppm > 0 => fast += 1,
+                Some(_) => slow += 1,
+            }
+        }
+        fast.max(slow) > fast.min(slow) + right
+    }
+
     /// A session of the node opens here: its silence is counted from now.
     pub fn greet(&mut self, node: NodeId) {
         let heard = self.nodes.entry(node).or_default();
@@ -194,6 +209,32 @@ mod tests {
         assert!(ears.believe(NODE, 2, 0, true).is_some(), "it attached again");
         ears.spare(NODE);
         assert!(ears.believe(NODE, 1, 0, true).is_some());
+    }
+
+    #[test]
+    fn the_leaders_own_clock_is_suspected_when_it_is_alone_with_what_it_says() {
+        // Each node's drift in parts in a million, beside a leader that is right.
+        let suspected = |drifts: &[i64]| {
+            let mut ears = leader();
+            for second in 0..60_u64 {
+                ears.clock = LONG + second * 1_000_000_000;
+                for (number, ppm) in (1..).zip(drifts) {
+                    let passed = i128::from(second) * (1_000_000_000 + i128::from(*ppm) * 1_000);
+                    ears.believe(NodeId(number), 1, 0, true);
+                    ears.compare_clocks(NodeId(number), 1, LONG + u64::try_from(passed).unwrap());
+                }
+            }
+            let suspected = ears.own_clock_drifts();
+            ears.clock += lease::LEASE_NANOS;
+            assert!(!ears.own_clock_drifts(), "nobody is heard");
+            suspected
+        };
+        let tenth = 100_000;
+        assert!(!suspected(&[]) && !suspected(&[0, 0, 0]) && !suspected(&[tenth]));
+        assert!(suspected(&[tenth, tenth]) && suspected(&[-tenth, -tenth, -tenth]) && suspected(&[tenth; 4]));
+        assert!(!suspected(&[tenth, -tenth]), "they do not agree");
+        assert!(!suspected(&[tenth, tenth, 0]), "one speaks for the leader");
+        assert!(suspected(&[tenth, tenth, tenth, 0]));
     }
 
     #[test]

@@ -374,6 +374,14 @@ impl Replica {
         self.core.change(Change::Transfer { to }).await
     }
 
+    /// Hands leadership to the voter that is furthest, when this one leads.
+    ///
+    /// # Errors
+    /// See [`MembershipError`].
+    pub async fn hand_over(&self) -> Result<(), MembershipError> {
+        self.core.hand_over().await
+    }
+
     /// Hands leadership over if it can, then stops. What was acknowledged is on disk already. May be called again.
     pub async fn shutdown(&self) {
         if self.core.leadership_is_mine() && self.core.voters().len() > 1 {

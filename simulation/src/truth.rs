@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use model::{Capacity, MigrationStage, NodeId, NodeState, Placement, VmId};
+use model::{Capacity, MigrationStage, NodeId, NodeState, Placement, VmId, Wanted};
 
 use crate::{cloud::Cloud, coverage, host::Guest};
 
@@ -58,7 +58,9 @@ fn no_lease_outlives_its_host(cloud: &Cloud) -> Result<(), String> {
 /// Every clock here runs within the bound, whatever is done to the beats.
 fn good_clocks_are_believed(cloud: &Cloud) -> Result<(), String> {
     let blamed = cloud.around.quorum.state.nodes().values().find(|node| node.clock_drifts);
-    blamed.map_or(Ok(()), |node| Err(format!("the clock of {} is said to drift", node.id)))
+    blamed.map_or(Ok(()), |node| Err(format!("the clock of {} is said to drift", node.id)))?;
+    let doubter = cloud.controllers.iter().position(|controller| controller.ears.own_clock_drifts());
+    doubter.map_or(Ok(()), |number| Err(format!("controller {number} blames its own clock")))
 }
 
 /// The guests of current placements fit into their host. Stale ones may be beside them until they are set aside.
@@ -85,7 +87,8 @@ fn hosts_hold_what_they_can(cloud: &Cloud) -> Result<(), String> {
 fn what_a_machine_wrote_goes_with_it(cloud: &Cloud) -> Result<(), String> {
     for vm in cloud.around.quorum.state.vms().values() {
         let (Some(here), Some(migration)) = (vm.placement, vm.migration) else { continue };
-        if migration.stage != MigrationStage::HandedOver {
+        // Of one that is being deleted either host may be the first to have nothing left.
+        if migration.stage != MigrationStage::HandedOver || vm.wanted == Wanted::Deleted {
             continue;
         }
         let written = |placement: Placement| {

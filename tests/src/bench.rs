@@ -93,6 +93,8 @@ pub struct Results {
     pub memory: Vec<Memory>,
     /// What could not be measured here, and why.
     pub skipped: Vec<String>,
+    /// What went wrong; everything else was measured.
+    pub failed: Vec<String>,
     /// Load average of the machine at start and end: what else was going on.
     pub load_average: [f64; 2],
 }
@@ -119,7 +121,7 @@ pub async fn run(settings: &Settings) -> anyhow::Result<Results> {
 
 async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<Results> {
     let before = load_average();
-    let mut skipped = Vec::new();
+    let (mut skipped, mut failed) = (Vec::new(), Vec::new());
     let options = Options { controllers: 3, agents: 0, offer: None, isolated: false, snapshot_every: None };
     let mut cluster = Cluster::start(&root.join("t"), options).await?;
     cluster.create_tenant(TENANT).await?;
@@ -139,8 +141,8 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
     peers.truncate(1);
     let (mut failover, mut handovers) = (Vec::new(), None);
     if settings.kills > 0 {
-        handovers = Some(failover::handovers(&mut cluster, settings.kills).await?);
-        failover.push(failover::trefoil(&mut cluster, settings.kills).await?);
+        handovers = kept("handovers", failover::handovers(&mut cluster, settings.kills).await, &mut failed);
+        failover.extend(kept("killed leaders", failover::trefoil(&mut cluster, settings.kills).await, &mut failed));
     }
     cluster.stop().await?;
     if settings.kills > 0 {
@@ -151,10 +153,12 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
     drop(peers);
     let growth = match settings.grown {
         0 => None,
-        _ => Some(growth::measure(&root.join("g"), settings).await?),
+        _ => kept("the larger cloud", growth::measure(&root.join("g"), settings).await, &mut failed),
     };
     let creation = match machines::obstacle() {
-        None if settings.machines > 0 => Some(machines::measure(settings.machines).await?),
+        None if settings.machines > 0 => {
+            kept("machines beside libvirt", machines::measure(settings.machines).await, &mut failed)
+        }
         None => None,
         Some(why) => {
             skipped.push(format!("vm create: {why}"));
@@ -162,7 +166,12 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
         }
     };
     let load_average = [before, load_average()];
-    Ok(Results { disk, cells, failover, handovers, growth, creation, memory, skipped, load_average })
+    Ok(Results { disk, cells, failover, handovers, growth, creation, memory, skipped, failed, load_average })
+}
+
+/// A part that failed leaves what the others measured.
+fn kept<T>(what: &str, measured: anyhow::Result<T>, failed: &mut Vec<String>) -> Option<T> {
+    measured.inspect_err(|error| failed.push(format!("{what}: {error:#}"))).ok()
 }
 
 /// Every operation at every number of clients, all systems in turn.

@@ -1,4 +1,5 @@
-//! Datagrams at a real controller's port: recorded, cut, changed. None of them is answered or believed twice.
+//! Datagrams at a real controller's port: recorded, cut, changed, none of them is answered or believed twice; and what they
+//! tell a leader of its own clock.
 
 use std::{net::UdpSocket, time::Duration};
 
@@ -6,6 +7,7 @@ use api::{
     beat::{self, Beat, BeatKey},
     proto::{Consistency, ListRequest},
 };
+use jepsen::{cluster::shim::Shim, verdict::skipped};
 use tests::stage::{Stage, until};
 
 /// Never heard by the controller that answers.
@@ -125,5 +127,32 @@ async fn a_recorded_cut_or_changed_beat_is_neither_answered_nor_believed() {
         Ok(())
     })
     .await;
+    stage.strike().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_own_clock_drifts_hands_over_and_blames_no_host() {
+    let mut stage = Stage::set(3).await;
+    if let Some(obstacle) = Shim::obstacle() {
+        return skipped("clocks: a leader's that drifts", &obstacle);
+    }
+    stage.cluster.preload().await.expect("the controllers come back with a shim");
+    stage.settled().await;
+    let leader = stage.cluster.leader().await.expect("a leader");
+    // Half of what the margin of a lease covers; some twenty seconds show it.
+    stage.cluster.shim(leader).expect("a shim").begin_skew(0, 50_000).unwrap();
+    let alert = "alert: this machine's clock drifts";
+    until("the leader finds that its clock drifts", async || {
+        let printed = stage.cluster.printed(leader).unwrap();
+        if printed.contains(alert) { Ok(()) } else { Err("it says nothing of the kind".to_owned()) }
+    })
+    .await;
+    until("another one leads", async || match stage.cluster.leader().await {
+        Some(next) if next != leader => Ok(()),
+        other => Err(format!("{other:?} leads")),
+    })
+    .await;
+    let recovery = stage.trefoil_ok(&["recovery", "status"]);
+    assert_eq!(recovery["drifting"], serde_json::json!([]), "{recovery}");
     stage.strike().await;
 }

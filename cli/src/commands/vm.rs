@@ -11,7 +11,7 @@ use api::{
     error::ApiError,
     proto::{
         ConsoleLogRequest, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsReply, ListVmsRequest,
-        MigrateVmRequest, SetVmPowerRequest, SetVmRecoveryRequest, Vm, VmRef,
+        MigrateVmRequest, ReadAt, SetVmPowerRequest, SetVmRecoveryRequest, Vm, VmRef,
     },
 };
 use clap::{Args, Subcommand};
@@ -210,8 +210,9 @@ async fn create(args: CreateArgs, context: &Context) -> Result<(), ApiError> {
 }
 
 async fn list(node: Option<String>, status: Option<String>, context: &Context) -> Result<(), ApiError> {
-    let mut read_at = None;
+    let mut read_at: Option<ReadAt> = None;
     let vms = all_pages(async |after| {
+        let first = read_at.as_ref();
         let body = ListVmsRequest {
             tenant: context.tenant.clone(),
             limit: PAGE,
@@ -219,9 +220,10 @@ async fn list(node: Option<String>, status: Option<String>, context: &Context) -
             node: node.clone().unwrap_or_default(),
             status: status.clone().unwrap_or_default(),
             stale: context.stale,
+            at_least: first.filter(|_| !context.stale).map_or(0, |first| first.index),
         };
         let page = read!(context, list_vms, body)?;
-        read_at = page.read_at;
+        read_at = read_at.take().or(page.read_at);
         Ok((page.vms, page.next))
     })
     .await?;

@@ -10,7 +10,7 @@ use model::{
 use tonic::Request;
 
 use super::{Service, page};
-use crate::{access, access::Caller, name, replicas, view};
+use crate::{access, access::Caller, core::Freshness, name, replicas, view};
 
 /// The longest piece of a console log that one call gives.
 const MOST_LOG_BYTES: u32 = 1 << 20;
@@ -126,7 +126,11 @@ impl Service {
             let (vms, next) = page::cut(rows.filter(fits), limit, |vm| vm.id.to_string());
             Ok(self.core.hear(|ears| (vms.into_iter().map(|vm| view::vm(state, ears, vm)).collect::<Vec<_>>(), next)))
         };
-        let (listed, read_at) = self.core.read(body.stale.into(), look).await?;
+        let freshness = match body.at_least {
+            0 => body.stale.into(),
+            index => Freshness::AtLeast(index),
+        };
+        let (listed, read_at) = self.core.read(freshness, look).await?;
         listed.map(|(vms, next)| proto::ListVmsReply { vms, next, read_at: Some(read_at) })
     }
 

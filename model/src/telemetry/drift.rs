@@ -42,6 +42,8 @@ pub struct Drift {
     /// The points that later ones are compared with, the oldest first: at most nine.
     anchors: VecDeque<Point>,
     latest: Option<Point>,
+    /// Since when it has been unfit, on our clock.
+    unfit_since: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +118,12 @@ impl Drift {
         if self.anchors.back().is_none_or(|anchor| since(anchor) >= STEP_NANOS) {
             self.anchors.push_back(point);
         }
+        self.unfit_since = (self.fitness() == Fitness::Unfit).then(|| self.unfit_since.unwrap_or(point.at));
+    }
+
+    /// Since when it has been unfit without a break, in nanoseconds on our clock; `None` when it is not.
+    pub fn unfit_since(&self) -> Option<u64> {
+        self.unfit_since
     }
 
     /// `None` until there are two points.

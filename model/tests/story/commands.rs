@@ -12,6 +12,8 @@ use crate::told;
 const GIB: u64 = 1 << 30;
 /// When every story begins.
 const START: Timestamp = Timestamp(1_700_000_000_000);
+/// What the leader's own clock says then, and since when it has led.
+const BOOTED_AGO_NANOS: u64 = 86_400 * 1_000_000_000;
 
 pub struct Story {
     state: State,
@@ -28,7 +30,7 @@ impl Default for Story {
             index: 0,
             now: START,
             unheard: BTreeSet::new(),
-            telemetry: Telemetry::default(),
+            telemetry: Telemetry { leader_since: BOOTED_AGO_NANOS, ..Telemetry::default() },
         }
     }
 }
@@ -190,20 +192,25 @@ impl Story {
         Ok(self.said(Actor::Node(node), None, Command::Node(command)))
     }
 
-    /// `alpha runs 10000 ppm for 300s`: its beats, heard for so long by a clock that is right.
+    /// `alpha runs 10000 ppm for 300s`: its beats, heard until now for so long by a clock that is right. No other time passes.
     fn clock(&mut self, name: &str, line: &Line) -> Told {
         let ppm: i64 = line.word(2)?.parse().map_err(|_| "the rate is no number")?;
         let (node, length) = (self.host(name)?.id, millis(line.word(5)?)? * 1_000_000);
+        let began = self.clock_now() - length;
         let drift = &mut self.telemetry.nodes.entry(node).or_default().drift;
         *drift = telemetry::Drift::default();
         for at in (0..length).step_by(lease::BEAT_NANOS as usize) {
-            drift.note(at, 1_000_000_000_000 + at.saturating_add_signed(at as i64 / 1_000_000 * ppm));
+            drift.note(began + at, 1_000_000_000_000 + at.saturating_add_signed(at as i64 / 1_000_000 * ppm));
         }
         Ok(String::new())
     }
 
+    fn clock_now(&self) -> u64 {
+        BOOTED_AGO_NANOS + self.now.millis_since(START) * 1_000_000
+    }
+
     fn plan(&mut self) -> Told {
-        let clock = self.now.millis_since(START) * 1_000_000;
+        let clock = self.clock_now();
         for node in self.state.nodes().values() {
             let heard = self.telemetry.nodes.entry(node.id).or_default();
             if !self.unheard.contains(&node.name) {

@@ -221,12 +221,13 @@ async fn read_lists(
 
 /// Ids of machines from `after` on, page by page.
 async fn pages(client: &Client, limit: u32, mut after: String, most: usize) -> anyhow::Result<Vec<String>> {
-    let mut found = Vec::new();
+    let (mut found, mut at_least) = (Vec::new(), 0);
     for _ in 0..most {
-        let asked = ListVmsRequest { tenant: TENANT.into(), limit, after, ..ListVmsRequest::default() };
+        let asked = ListVmsRequest { tenant: TENANT.into(), limit, after, at_least, ..ListVmsRequest::default() };
         let reply = client.read(asked, async |mut stub, request| stub.list_vms(request).await).await?;
         found.extend(reply.vms.into_iter().map(|vm| vm.id));
         after = reply.next;
+        at_least = reply.read_at.map_or(0, |first| first.index);
         if after.is_empty() {
             break;
         }

@@ -229,7 +229,7 @@ impl Pattern {
         let mut in_mark = false;
         for line in self.xml.lines() {
             in_mark |= line.contains("<metadata>");
-            let unique = ["<uuid>", "<mac address", "<title>"].iter().any(|tag| line.contains(tag));
+            let unique = ["<uuid>", "<mac address", "<title>", "<target dev='tfn"].iter().any(|tag| line.contains(tag));
             if line.contains("<name>") {
                 kept.push_str(&format!("<name>{name}</name>\n"));
             } else if !in_mark && !unique {

@@ -34,6 +34,9 @@ pub fn print(results: &Results) {
     for skipped in &results.skipped {
         println!("skipped: {skipped}");
     }
+    for failed in &results.failed {
+        println!("failed: {failed}");
+    }
 }
 
 fn print_failover(results: &Results) {

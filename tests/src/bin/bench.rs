@@ -23,13 +23,12 @@ async fn main() -> ExitCode {
     let written = outcome.and_then(|results| {
         table::print(&results);
         std::fs::write(&settings.json, serde_json::to_vec_pretty(&results)?)?;
+        println!("written: {}", settings.json.display());
+        anyhow::ensure!(results.failed.is_empty(), "{} of its parts failed", results.failed.len());
         Ok(())
     });
     match written {
-        Ok(()) => {
-            println!("written: {}", settings.json.display());
-            ExitCode::SUCCESS
-        }
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
             ExitCode::FAILURE
