@@ -128,6 +128,45 @@ fn no_file_grows_without_end() {
     none_of("are longer than 500 lines", |_, text| text.lines().count() > 500);
 }
 
+/// What breaks the product on purpose must find its place in it and a test that is to notice, or it shows nothing.
+#[test]
+fn every_break_finds_its_place_and_its_test() {
+    let list = |name: &str| {
+        let text = std::fs::read_to_string(root().join("tests").join(name)).expect("a list of breaks");
+        toml::from_str::<toml::Table>(&text).expect("it is TOML")
+    };
+    let word = |table: &toml::Value, key: &str| table[key].as_str().expect("a text").to_owned();
+    let tables = |list: &toml::Table, key: &str| list[key].as_array().expect("tables").clone();
+    let mut texts: BTreeMap<String, String> = BTreeMap::new();
+    let mut wrong = Vec::new();
+    let mut broken = |place: &toml::Value, stays: bool| {
+        let (file, from) = (word(place, "file"), word(place, "from"));
+        let text = texts
+            .entry(file.clone())
+            .or_insert_with_key(|file| std::fs::read_to_string(root().join(file)).unwrap_or_default());
+        let places = text.matches(&from).count();
+        if stays {
+            *text = text.replace(&from, &word(place, "to"));
+        }
+        if places == 1 { None } else { Some(format!("{places} places in {file}: {from}")) }
+    };
+    let sources = all_sources();
+    for sabotage in tables(&list("sabotages.toml"), "sabotage") {
+        wrong.extend(broken(&sabotage, false));
+        let test = word(&sabotage, "caught_by");
+        let name = test.split_whitespace().last().expect("a test").rsplit("::").next().expect("a name").to_owned();
+        let is_there = |(_, text): &(PathBuf, String)| text.contains(&format!("fn {name}("));
+        if test != "simulation" && !sources.iter().any(is_there) {
+            wrong.push(format!("no test '{test}'"));
+        }
+    }
+    // These are put in together, one after the other.
+    for bug in tables(&list("seeded-bugs.toml"), "bug") {
+        wrong.extend(bug["place"].as_array().expect("places").iter().filter_map(|place| broken(place, true)));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 /// Fails with every source file of which it is true.
 fn none_of(what: &str, wrong: impl Fn(&Path, &str) -> bool) {
     let all = all_sources();
