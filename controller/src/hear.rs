@@ -2,33 +2,48 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    io::ErrorKind,
     sync::Arc,
+    time::Duration,
 };
 
 use api::beat::{self, Ack, Beat, BeatKey, Kind, ReplayGuard, StatusPart, Verdict};
 use model::{NodeId, VmId, lease::Grant, telemetry::VmStatus};
-use tokio::net::UdpSocket;
+use tokio::{net::UdpSocket, time::sleep};
 
 use crate::core::Core;
+
+/// Between two looks at the socket. What comes meanwhile is taken at once: with thousands of hosts, waking up for each of their
+/// beats costs more than they do. A lease is counted from the sending, so an answer that is later by this costs nothing.
+const BREATH: Duration = Duration::from_millis(1);
+/// Datagrams that are taken at once: as many as the socket's buffer holds, and few enough to let others run.
+const TURN: usize = 256;
 
 /// Listens until the process ends. A datagram that is refused costs a look-up and a hash, and gets no answer.
 pub(crate) async fn listen(core: Arc<Core>, socket: UdpSocket, nonce: u64) {
     let mut ears = Ears { core, guard: ReplayGuard::new(nonce), keys: HashMap::new(), partial: HashMap::new() };
     let mut buffer = vec![0; beat::MAX_DATAGRAM_BYTES + 1];
     loop {
-        let (length, from) = match socket.recv_from(&mut buffer).await {
-            Ok(received) => received,
-            // An earlier answer came back as unreachable; it says nothing about the socket.
-            Err(error) => {
-                tracing::debug!(%error, "the heartbeat socket reported an error");
-                continue;
-            }
-        };
-        if let Some(answer) = ears.hear(&buffer[..length])
-            && let Err(error) = socket.send_to(&answer, from).await
-        {
-            tracing::debug!(%error, %from, "a heartbeat could not be answered");
+        if let Err(error) = socket.readable().await {
+            tracing::debug!(%error, "the heartbeat socket cannot be waited for");
         }
+        for _ in 0..TURN {
+            let (length, from) = match socket.try_recv_from(&mut buffer) {
+                Ok(received) => received,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                // An earlier answer came back as unreachable; it says nothing about the socket.
+                Err(error) => {
+                    tracing::debug!(%error, "the heartbeat socket reported an error");
+                    continue;
+                }
+            };
+            if let Some(answer) = ears.hear(&buffer[..length])
+                && let Err(error) = socket.send_to(&answer, from).await
+            {
+                tracing::debug!(%error, %from, "a heartbeat could not be answered");
+            }
+        }
+        sleep(BREATH).await;
     }
 }
 

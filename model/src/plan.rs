@@ -158,7 +158,12 @@ fn place(state: &State, idlest: &mut Idlest) -> Vec<PlannerCommand> {
 
 /// In thousandths.
 fn share(part: u64, whole: u64) -> u64 {
-    u64::try_from(u128::from(part) * 1000 / u128::from(whole.max(1))).unwrap_or(u64::MAX)
+    let whole = whole.max(1);
+    // Nine of these for each host and plan, and dividing 128 bits takes several times as long.
+    match part.checked_mul(1000) {
+        Some(part) => part / whole,
+        None => u64::try_from(u128::from(part) * 1000 / u128::from(whole)).unwrap_or(u64::MAX),
+    }
 }
 
 /// Another copy of each image that has too few, on a node that has what it stands on, then on that with the most free
