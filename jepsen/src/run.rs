@@ -93,15 +93,22 @@ pub async fn run(plan: &Plan) -> anyhow::Result<Report> {
     last.push(("recovery: who is healed agrees and answers", recovered));
     let seconds = began.elapsed().as_secs_f64();
     let (disks, about) = (cluster.disks(), about(plan, &cluster, isolated, began_unix_millis)?);
-    // One that did not recover is not asked to end, and has no disk to read.
     let recovered = unsettled.is_none();
     if recovered {
         cluster.stop().await?;
+    } else {
+        // One that did not recover is not asked to end, and may have ended already. Its disk may tell why, if it can be read.
+        for controller in 0..cluster.size() {
+            drop(cluster.kill(controller));
+        }
     }
     let events = shared.recorder.finish()?;
-    let dumps = match recovered {
-        true => tokio::task::spawn_blocking(move || disks.dump()).await??,
-        false => Vec::new(),
+    let dumps = match tokio::task::spawn_blocking(move || disks.dump()).await? {
+        Err(error) if !recovered => {
+            eprintln!("the disks were not read: {error:#}");
+            Vec::new()
+        }
+        read => read?,
     };
     let effects = effect::read(&effects, shared.recorder.began())?;
     let steady = shared.recorder.began_unix_millis().abs_diff(began_unix_millis) <= STEADY_MILLIS;
@@ -135,7 +142,8 @@ struct Ended {
 fn write_report(plan: &Plan, about: About, ended: Ended) -> anyhow::Result<Report> {
     let Ended { seconds, began_unix_millis, events, effects, outcomes, skipped, last, recovered, dumps } = ended;
     let operations = history::operations(&events).map_err(anyhow::Error::msg)?;
-    let resolved = log::resolve(&events, &dumps);
+    // Only of those who agree again it is certain that what is on none of their disks never happened.
+    let resolved = log::resolve(&events, if recovered { &dumps } else { &[] });
     let known = log::with_resolved(&operations, &resolved);
     let evidence = Evidence { operations: &known, effects: &effects, began_unix_millis };
     let undone = plan.workloads.iter().flat_map(|workload| workload.gaps(&evidence)).collect();
@@ -149,10 +157,12 @@ fn write_report(plan: &Plan, about: About, ended: Ended) -> anyhow::Result<Repor
     };
     named.extend(own("disk: damage is refused", |fault| matches!(fault, Fault::Disk(_))));
     named.extend(own("beats: enough keep a host, old ones do not", |fault| matches!(fault, Fault::Beats(_))));
-    if recovered {
+    if !dumps.is_empty() {
         named.push(("disks: one entry at an index, applied by a majority", log::matches(&dumps)));
         named.push(("disks: equal index, equal state", log::states(&dumps)));
         named.push(("disks: no vote is forgotten", log::votes(&dumps)));
+    }
+    if recovered {
         named.push(("disks: nothing acknowledged is missing", log::acknowledged(&events, &dumps)));
     }
     let seen = Seen { seconds, operations: &operations, faults: outcomes, skipped, undone, resolved: &resolved };

@@ -51,7 +51,7 @@ pub struct Settings {
     #[arg(long, default_value_t = 3.0)]
     pub seconds: f64,
     /// Measurements of each cell and system.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 5)]
     pub rounds: usize,
     /// Clients at the same time; one cell of the table each.
     #[arg(long, value_delimiter = ',', default_values_t = CLIENTS)]

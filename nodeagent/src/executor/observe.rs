@@ -36,9 +36,11 @@ pub async fn look(host: &Arc<Host>, wanted: &[NetworkWish]) -> Result<Look, Hype
         let pinned_images = pinned(&images, &*blocking.hypervisor)?;
         Ok((guests, images, pinned_images))
     });
+    // Side by side: a machine that is being made waits for a look after each of its steps.
+    let (looked, networks) = tokio::join!(looked, host.network.found(wanted));
     let (guests, images, pinned_images) =
-        looked.await.map_err(|_| HypervisorError::Transient("the look at the guests was cut short".into()))??;
-    let networks = match host.network.found(wanted).await {
+        looked.map_err(|_| HypervisorError::Transient("the look at the guests was cut short".into()))??;
+    let networks = match networks {
         Ok(found) => found.into_iter().map(|network| (network.vni, network.complete)).collect(),
         Err(error) => {
             // Taken as none: making one that is there already touches nothing, and none is removed.

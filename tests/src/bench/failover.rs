@@ -4,7 +4,13 @@
 //! figure is the time from the kill to the first acknowledgement of a write that was begun after it. A handover is
 //! polite: there the figure is the longest time between two acknowledgements, and no attempt may fail.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use jepsen::cluster::{Cluster, PATIENCE};
@@ -100,11 +106,61 @@ async fn longest_gap(
     }
     let answers = attempts.join_all().await;
     let all = answers.len();
-    let mut times: Vec<Instant> = answers.into_iter().flatten().collect();
+    let times: Vec<Instant> = answers.into_iter().flatten().collect();
+    let failed = all - times.len();
+    Ok((longest_between(times)?, all, failed))
+}
+
+/// In milliseconds.
+fn longest_between(mut times: Vec<Instant>) -> anyhow::Result<f64> {
     times.sort_unstable();
     let gaps = times.windows(2).map(|pair| pair[1].duration_since(pair[0]));
-    let longest = gaps.max().context("hardly a write was acknowledged")?;
-    Ok((longest.as_secs_f64() * 1000.0, all, all - times.len()))
+    Ok(gaps.max().context("hardly a write was acknowledged")?.as_secs_f64() * 1000.0)
+}
+
+/// A follower's disk is lost, and a new member takes its place, from a snapshot.
+#[derive(Debug, Serialize)]
+pub struct Joining {
+    /// Until it votes and all agree.
+    pub seconds: f64,
+    /// The longest time between two acknowledged writes meanwhile.
+    pub gap_millis: f64,
+}
+
+/// # Errors
+/// When the new member does not join.
+pub async fn join_anew(cluster: &mut Cluster) -> anyhow::Result<Joining> {
+    let leader = cluster.leader().await.context("no leader")?;
+    let lost = (leader + 1) % cluster.size();
+    let mut stores = store::trefoil(cluster, cluster.size())?;
+    stores.remove(lost);
+    connect(&stores).await?;
+    // Tasks of their own: what the members are started with waits for programs.
+    let joined = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = stores.into_iter().map(|store| tokio::spawn(write_until(store, joined.clone()))).collect();
+    cluster.kill(lost)?;
+    let began = Instant::now();
+    cluster.wipe_and_rejoin(lost).await?;
+    cluster.settled(PATIENCE).await?;
+    let seconds = began.elapsed().as_secs_f64();
+    joined.store(true, Ordering::Relaxed);
+    let mut times = Vec::new();
+    for writer in writers {
+        times.extend(writer.await?);
+    }
+    Ok(Joining { seconds, gap_millis: longest_between(times)? })
+}
+
+/// When each write was acknowledged, one after the other.
+async fn write_until(mut store: Store, done: Arc<AtomicBool>) -> Vec<Instant> {
+    let mut times = Vec::new();
+    while !done.load(Ordering::Relaxed) {
+        if store.write(0, "during").await.is_ok() {
+            times.push(Instant::now());
+        }
+        tokio::time::sleep(EVERY).await;
+    }
+    times
 }
 
 /// # Errors

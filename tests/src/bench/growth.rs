@@ -21,7 +21,7 @@ use model::Capacity;
 use serde::Serialize;
 
 use super::{
-    Settings, TENANT,
+    Settings, TENANT, failover,
     fleet::{Fleet, Listening},
     load::{self, Operation},
     store, watchers,
@@ -56,6 +56,7 @@ pub struct Growth {
     pub placed_per_second: f64,
     pub listening: Vec<Listening>,
     pub watching: watchers::Watching,
+    pub joining: failover::Joining,
     pub resident_mib: f64,
 }
 
@@ -78,13 +79,13 @@ pub async fn measure(root: &Path, settings: &Settings) -> anyhow::Result<Growth>
     // One host takes the image and has no room for a machine.
     let options =
         Options { controllers: 3, agents: 1, offer: Some((1, 1 << 20)), isolated: false, snapshot_every: None };
-    let cluster = Cluster::start(root, options).await?;
-    let grown = grow(&cluster, root, settings).await;
+    let mut cluster = Cluster::start(root, options).await?;
+    let grown = grow(&mut cluster, root, settings).await;
     cluster.stop().await?;
     grown
 }
 
-async fn grow(cluster: &Cluster, root: &Path, settings: &Settings) -> anyhow::Result<Growth> {
+async fn grow(cluster: &mut Cluster, root: &Path, settings: &Settings) -> anyhow::Result<Growth> {
     let (machines, hosts) = (settings.grown, settings.hosts);
     prepare(cluster, root, machines)?;
     let clients: Vec<Client> = (0..3).map(|number| client(cluster, number)).collect::<Result<_, _>>()?;
@@ -110,6 +111,8 @@ async fn grow(cluster: &Cluster, root: &Path, settings: &Settings) -> anyhow::Re
         listening.extend(fleet.measure(cluster, per_second, time).await?);
     }
     let resident_mib = cluster.resident_bytes() as f64 / 1_048_576.0;
+    let joining = failover::join_anew(cluster).await?;
+    eprintln!("  a new member after {:.1} s, at most {:.0} ms without a write", joining.seconds, joining.gap_millis);
     Ok(Growth {
         machines,
         hosts,
@@ -120,6 +123,7 @@ async fn grow(cluster: &Cluster, root: &Path, settings: &Settings) -> anyhow::Re
         placed_per_second,
         listening,
         watching,
+        joining,
         resident_mib,
     })
 }

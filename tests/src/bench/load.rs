@@ -143,6 +143,13 @@ impl Cell {
         Ok(())
     }
 
+    /// Between the slowest and the fastest round, in hundredths of the median.
+    pub fn spread_percent(&self) -> f64 {
+        let most = self.per_second.iter().copied().fold(0.0, f64::max);
+        let least = self.per_second.iter().copied().fold(most, f64::min);
+        100.0 * (most - least) / self.throughput().max(f64::MIN_POSITIVE)
+    }
+
     /// The median of the rounds.
     pub fn throughput(&self) -> f64 {
         let mut rounds = self.per_second.clone();

@@ -14,8 +14,8 @@ pub fn print(results: &Results) {
     );
     println!();
     println!(
-        "{:<6}{:>8} {:<9}{:>9}{:>8}{:>8}{:>10}{:>10}{:>10}{:>11}{:>8}",
-        "", "clients", "", "ops/s", "÷ etcd", "÷ +tls", "p50 ms", "p99 ms", "p99.9 ms", "cpu us/op", "÷ sync"
+        "{:<6}{:>8} {:<9}{:>9}{:>9}{:>8}{:>8}{:>10}{:>10}{:>10}{:>11}{:>8}",
+        "", "clients", "", "ops/s", "spread", "÷ etcd", "÷ +tls", "p50 ms", "p99 ms", "p99.9 ms", "cpu us/op", "÷ sync"
     );
     for cell in &results.cells {
         let peer = |system: &str| {
@@ -81,6 +81,10 @@ fn print_growth(results: &Results) {
         );
     }
     println!("  resident memory of a member: {:.0} MiB", growth.resident_mib);
+    println!(
+        "  a member with an empty disk joins in {:.1} s; longest time without a write meanwhile {:.0} ms",
+        growth.joining.seconds, growth.joining.gap_millis
+    );
 }
 
 fn print_creation(results: &Results) {
@@ -100,11 +104,12 @@ fn print_cell(cell: &Cell, peers: [Option<&Cell>; 2], syncs: f64) {
         peer.map_or_else(|| "-".to_owned(), |peer| format!("{:.2}", cell.throughput() / peer.throughput()))
     };
     println!(
-        "{:<6}{:>8} {:<9}{:>9.0}{:>8}{:>8}{:>10.2}{:>10.2}{:>10.2}{:>11.0}{:>8.2}{}",
+        "{:<6}{:>8} {:<9}{:>9.0}{:>7.0} %{:>8}{:>8}{:>10.2}{:>10.2}{:>10.2}{:>11.0}{:>8.2}{}",
         cell.operation,
         cell.clients,
         cell.system,
         cell.throughput(),
+        cell.spread_percent(),
         ratio(peers[0]),
         ratio(peers[1]),
         millis(cell.p50_micros),

@@ -19,7 +19,7 @@ use std::{
 };
 
 use model::assignment::{Lease, NetworkWish};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, process::Command};
 
 use super::{
@@ -102,9 +102,11 @@ impl Standing {
 
 pub async fn standing() -> Result<Standing> {
     let mut standing = Standing { vnis: BTreeSet::new(), chains: BTreeMap::new() };
-    for family in FAMILIES {
-        let listing = nft(&["-j", "list", "ruleset", family], None).await?;
-        let listing: Value = serde_json::from_str(&listing).map_err(failed("read the list of rules"))?;
+    // One process lists both: each look at the host waits for it.
+    let lists = FAMILIES.map(|family| json!({ "list": { "ruleset": { "family": family } } }));
+    let listings = nft(&["-j", "-f", "-"], Some(json!({ "nftables": lists }).to_string())).await?;
+    for listing in serde_json::Deserializer::from_str(&listings).into_iter::<Value>() {
+        let listing = listing.map_err(failed("read the list of rules"))?;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         for item in listing["nftables"].as_array().into_iter().flatten() {
             standing.vnis.extend(Names::vni_of_table(&text(&item["table"]["name"])));
