@@ -104,7 +104,8 @@ pub async fn standing() -> Result<Standing> {
     let mut standing = Standing { vnis: BTreeSet::new(), chains: BTreeMap::new() };
     // One process lists both: each look at the host waits for it.
     let lists = FAMILIES.map(|family| json!({ "list": { "ruleset": { "family": family } } }));
-    let listings = nft(&["-j", "-f", "-"], Some(json!({ "nftables": lists }).to_string())).await?;
+    // As an argument: from its input it reads JSON only where there is a /dev/stdin.
+    let listings = nft(&["-j", &json!({ "nftables": lists }).to_string()], None).await?;
     for listing in serde_json::Deserializer::from_str(&listings).into_iter::<Value>() {
         let listing = listing.map_err(failed("read the list of rules"))?;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
