@@ -42,8 +42,8 @@ fn of_kind<'a>(lines: &'a [Value], kind: &str) -> Vec<&'a Value> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_controllers_disk_is_shown_and_left_as_it_is() {
-    let mut stage = Stage::set(0).await;
-    stage.set_tag("before", "1").await.unwrap();
+    let mut stage = Stage::furnished(1).await;
+    stage.create_vm("web", "tiny").await.unwrap();
     let version = stage.set_tag("color", "red").await.unwrap();
     let last = stage.set_tag("color", "blue").await.unwrap();
     let (code, said) = dump(&stage, 0, &[]).unwrap_err();
@@ -85,7 +85,9 @@ async fn a_stopped_controllers_disk_is_shown_and_left_as_it_is() {
     // The same index has the same state on another, which was stopped politely and has its tables up to date.
     let other = (0..3).find(|c| *c != follower && *c != leader).unwrap();
     assert!(stage.cluster.terminate(other).unwrap());
-    let polite = dump(&stage, other, &[]).unwrap();
+    let polite = dump(&stage, other, &["--state"]).unwrap();
+    let machine = of_kind(&polite, "row").into_iter().find(|row| row["table"] == "vms").expect("the machine's row");
+    assert!(machine["row"]["request"].as_str().is_some_and(|id| id.len() == 36), "{machine}");
     let index = polite[0]["applied"]["index"].as_u64().expect("it has applied something");
     assert_eq!(polite[0]["state"]["index"], index);
     stage.cluster.restart(follower).unwrap();
