@@ -30,6 +30,7 @@ use crate::{
 
 pub mod images;
 mod quorum;
+mod vms;
 mod watch;
 
 pub use quorum::read_quorum_backup;
@@ -37,6 +38,8 @@ pub use watch::Watch;
 
 /// The metadata key of the request id on a mutating call.
 pub const REQUEST_KEY: &str = "trefoil-request";
+/// The metadata key under which a controller that does not lead names the address of the one that does.
+pub const LEADER_KEY: &str = "trefoil-leader";
 /// The metadata key of the user's token, after `Bearer `.
 pub const TOKEN_KEY: &str = "authorization";
 
@@ -64,8 +67,10 @@ pub struct Client {
 
 struct Shared {
     endpoints: Vec<Endpoint>,
-    /// The one that answered last; the next call starts there.
+    /// The one that answered last; the next read starts there, so that readers spread over the controllers.
     preferred: AtomicUsize,
+    /// The one that led when last heard of; the next change starts there, and is not passed on.
+    leader: AtomicUsize,
     authorization: MetadataValue<Ascii>,
 }
 
@@ -84,7 +89,8 @@ impl Client {
             .map_err(|_| ApiError::invalid("the token has characters that no token has"))?;
         authorization.set_sensitive(true);
         let endpoints = open(endpoints, &tls::client_tls_ca(ca_pem))?;
-        let shared = Arc::new(Shared { endpoints, preferred: AtomicUsize::new(0), authorization });
+        let shared =
+            Arc::new(Shared { endpoints, preferred: AtomicUsize::new(0), leader: AtomicUsize::new(0), authorization });
         Ok(Self { shared, deadline: DEFAULT_DEADLINE })
     }
 
@@ -122,6 +128,11 @@ impl Client {
         self.call(Some(id), body, call).await
     }
 
+    /// The endpoint to which the next change goes first: the leader's, as far as is known.
+    pub fn leader(&self) -> &str {
+        &self.shared.endpoints[self.shared.leader.load(Ordering::Relaxed)].name
+    }
+
     /// How many controllers it knows.
     pub fn endpoints(&self) -> usize {
         self.shared.endpoints.len()
@@ -148,22 +159,31 @@ impl Client {
         F: Fn(TrefoilClient<Channel>, Request<Q>) -> Fut,
         Fut: Future<Output = Result<Response<A>, Status>>,
     {
-        let first = self.shared.preferred.load(Ordering::Relaxed);
+        let start = if id.is_some() { &self.shared.leader } else { &self.shared.preferred };
+        let first = start.load(Ordering::Relaxed);
         let attempt = |index: usize, limit: Duration| {
             let request = self.request(id, body.clone(), limit);
             let answer = call(self.stub(first + index), request);
             let call = &self.shared.endpoints[(first + index) % self.endpoints()].name;
             async move {
                 match timeout(limit, answer).await {
-                    Ok(Ok(reply)) => Ok(reply.into_inner()),
+                    Ok(Ok(reply)) => Ok(reply),
                     Ok(Err(status)) => Err(naming(call, status.into())),
                     Err(_) => Err(ApiError::timeout(format!("{call} did not answer within {limit:.1?}"))),
                 }
             }
         };
         let (index, reply) = rounds(self.endpoints(), self.deadline, id, attempt).await?;
-        self.shared.preferred.store((first + index) % self.endpoints(), Ordering::Relaxed);
-        Ok(reply)
+        let answered = (first + index) % self.endpoints();
+        let next = if id.is_some() { self.leader_named(&reply).unwrap_or(answered) } else { answered };
+        start.store(next, Ordering::Relaxed);
+        Ok(reply.into_inner())
+    }
+
+    /// The endpoint that a reply names as the leader; `None` when it names none, or one that this client knows by another name.
+    fn leader_named<A>(&self, reply: &Response<A>) -> Option<usize> {
+        let leader = reply.metadata().get(LEADER_KEY)?.to_str().ok()?;
+        self.shared.endpoints.iter().position(|endpoint| endpoint.name == leader)
     }
 
     fn authorize<Q>(&self, request: &mut Request<Q>, id: Option<RequestId>) {

@@ -10,11 +10,12 @@ use api::{
     proto::ReadAt,
     tls::{CertificateAuthority, Identity},
 };
-use model::{Actor, Command, Rejection, Reply, Request, State, Telemetry};
+use model::{Actor, Command, ControllerId, Rejection, Reply, Request, State, Telemetry};
 use nix::time::{ClockId, clock_gettime};
 use raft::{Committed, Proposal, ProposeError, ReadError, Replica};
+use tonic::metadata::{Ascii, MetadataValue};
 
-use crate::probe::Probes;
+use crate::{bells::Bells, probe::Probes};
 
 pub(crate) struct Core {
     pub replica: Replica,
@@ -22,6 +23,9 @@ pub(crate) struct Core {
     pub identity: Identity,
     pub ears: Mutex<Telemetry>,
     pub probes: Probes,
+    pub bells: Bells,
+    /// The last leader that was not this controller, and its address: ids are never given to another address.
+    pub leader: Mutex<Option<(ControllerId, MetadataValue<Ascii>)>>,
 }
 
 /// How long an answer waits for this replica to apply what the quorum committed.
@@ -130,6 +134,20 @@ impl Core {
             state.controllers().values().filter(|row| !row.removed).map(|row| row.address.clone()).collect()
         };
         self.replica.read(listed)
+    }
+
+    /// The address of the leader that this controller follows, as metadata has it.
+    pub fn leader_elsewhere(&self) -> Option<MetadataValue<Ascii>> {
+        let leader = self.replica.leadership().leader.filter(|id| *id != self.replica.id())?;
+        let mut known = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*known {
+            Some((id, address)) if *id == leader => Some(address.clone()),
+            _ => {
+                let address: MetadataValue<Ascii> = self.replica.members().get(&leader)?.parse().ok()?;
+                *known = Some((leader, address.clone()));
+                Some(address)
+            }
+        }
     }
 
     /// What was heard, its clock set to now; the lock is held for look-ups only, never across a wait.

@@ -9,6 +9,7 @@
 
 mod access;
 mod admit;
+mod bells;
 mod config;
 mod core;
 mod dump;

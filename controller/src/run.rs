@@ -27,6 +27,7 @@ use tonic::transport::{
 
 use crate::{
     admit::Admission,
+    bells::{self, Bells},
     config::{Config, random},
     core::Core,
     found::replica_config,
@@ -84,6 +85,8 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
         identity,
         ears: Mutex::new(Telemetry::default()),
         probes: Probes::default(),
+        bells: Bells::default(),
+        leader: Mutex::default(),
     });
 
     let (stop, stopped) = tokio::sync::watch::channel(false);
@@ -98,6 +101,7 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
     let nonce = u64::from_le_bytes(random()?[..8].try_into().context("eight of 32 bytes")?) | 1;
     tokio::spawn(hear::listen(core.clone(), udp, nonce));
     tokio::spawn(lead::lead(core.clone()));
+    tokio::spawn(bells::ring(core.clone()));
     tokio::spawn(probe::look(core.clone()));
     tracing::info!(controller = config.id, name = config.name, cluster = config.cluster, listen = %config.listen, "running");
 

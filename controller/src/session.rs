@@ -13,6 +13,7 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use api::{
+    client::LEADER_KEY,
     error::ApiError,
     proto::{Frame, node_session_server::NodeSession},
     session::{FromAgent, ToAgent, decode, encode},
@@ -22,14 +23,12 @@ use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::{access, core::Core};
+use crate::{access, bells::Bell, core::Core};
 
 pub(crate) struct Sessions {
     pub core: Arc<Core>,
 }
 
-/// The metadata key under which a refusal names the leader's address.
-const LEADER_KEY: &str = "trefoil-leader";
 /// A peer that opened a stream says hello within this.
 const HELLO: Duration = Duration::from_secs(10);
 /// Frames between the session and the wire: an assignment, some acknowledgements.
@@ -77,14 +76,12 @@ impl NodeSession for Sessions {
 
 impl Sessions {
     fn must_lead(&self) -> Result<(), Status> {
-        let leadership = self.core.replica.leadership();
-        if leadership.leading {
+        if self.core.replica.is_leader() {
             return Ok(());
         }
-        let leader = leadership.leader.and_then(|id| self.core.replica.members().get(&id).cloned());
         let mut status: Status = ApiError::new("unavailable", "this controller does not lead").into();
-        if let Some(address) = leader.and_then(|address| address.parse().ok()) {
-            status.metadata_mut().insert(LEADER_KEY, address);
+        if let Some(leader) = self.core.leader_elsewhere() {
+            status.metadata_mut().insert(LEADER_KEY, leader);
         }
         Err(status)
     }
@@ -165,7 +162,7 @@ impl Session {
     }
 
     async fn speak(&self, down: Down) -> String {
-        let mut applied = self.core.replica.watch_applied();
+        let bell = Bell::hang(&self.core, self.node, self.incarnation);
         let mut leadership = self.core.replica.watch_leadership();
         let mut targets = self.beat_targets();
         let (epoch, take_stock) = self.core.replica.read(|state| (state.quorum().epoch, state.awaits(self.node)));
@@ -180,7 +177,6 @@ impl Session {
         }
         let mut sent = None;
         loop {
-            applied.borrow_and_update();
             let current = self.core.replica.read(|state| {
                 let node = state.nodes().get(&self.node)?;
                 // After a refounding the host speaks first: what it holds may be newer than what is known here.
@@ -208,7 +204,7 @@ impl Session {
                 }
             }
             tokio::select! {
-                changed = applied.changed() => if changed.is_err() { return "the controller stops".into() },
+                () = bell.rung() => {}
                 changed = leadership.changed() => if changed.is_err() || !leadership.borrow().leading {
                     return "this controller no longer leads".into();
                 },

@@ -20,7 +20,7 @@ use std::{
 
 use model::{
     Assignment, Digest, Phase, Power, VmId, VmWish,
-    command::{BackupMade, BackupReport},
+    command::BackupReport,
     steps::{Failure, FoundPower, Memory, Observed, Seen, Step, Subject, Told, accept, steps},
 };
 use tokio::{
@@ -29,11 +29,13 @@ use tokio::{
 };
 
 use crate::{clock, host::Host, journal::Journal, outbox::Outbox};
-use act::{Copied, Done as Outcome, Fault, FaultKind, act};
+use act::{Done as Outcome, Fault, FaultKind, act};
+use backups::aged;
 use moving::Moves;
 use rehearsal::Rehearsals;
 
 mod act;
+mod backups;
 mod moving;
 mod observe;
 mod rehearsal;
@@ -76,6 +78,8 @@ pub struct Executor {
     /// Holds at most one message a busy subject.
     done: mpsc::UnboundedReceiver<Done>,
     blind: bool,
+    /// As last seen, or as the last step left it: they are not looked at while one is being worked on.
+    networks: BTreeMap<u32, bool>,
 }
 
 struct Done {
@@ -104,6 +108,7 @@ impl Executor {
             done_sender,
             done,
             blind: false,
+            networks: BTreeMap::new(),
         }
     }
 
@@ -204,7 +209,8 @@ impl Executor {
     async fn reconcile(&mut self) -> io::Result<bool> {
         let assignment = self.assignment.clone();
         let wanted = assignment.as_ref().map_or(&[][..], |assignment| &assignment.networks);
-        let look = match observe::look(&self.host, wanted).await {
+        let at_networks = !self.busy.keys().any(|subject| matches!(subject, Subject::Network(_)));
+        let look = match observe::look(&self.host, at_networks.then_some(wanted)).await {
             Ok(look) => look,
             Err(error) => {
                 if !mem::replace(&mut self.blind, true) {
@@ -217,10 +223,11 @@ impl Executor {
         if mem::take(&mut self.blind) {
             tracing::info!("the guests of this host can be seen again");
         }
+        self.networks = look.networks.unwrap_or_else(|| mem::take(&mut self.networks));
         let mut found = Observed {
             now_millis: clock::boottime_millis(),
             guests: look.guests,
-            networks: look.networks,
+            networks: self.networks.clone(),
             images: look.images,
             pinned_images: look.pinned_images,
             ..Observed::default()
@@ -435,21 +442,6 @@ impl Executor {
         self.save()
     }
 
-    /// Made or not, it is told once: whether to try again is for whoever asked for it.
-    fn note_backup(&mut self, vm: VmId, number: u32, result: Result<Outcome, Fault>) {
-        let wish = self.assignment.iter().flat_map(|assignment| &assignment.vms).find(|wish| wish.vm == vm);
-        let Some(epoch) = wish.map(|wish| wish.epoch) else { return };
-        let (outcome, at) = match result.and_then(Outcome::copied) {
-            Ok(Copied { made, at_millis }) => (Ok(made), at_millis),
-            Err(fault) => {
-                tracing::warn!(%vm, number, reason = fault.reason, "a backup failed");
-                (Err(fault.reason), 0)
-            }
-        };
-        self.failures.remove(&Subject::Backup(vm));
-        self.backups.insert(vm, (BackupReport { vm, epoch, number, outcome }, at));
-    }
-
     fn note_success(&mut self, subject: Subject, step: &Step) {
         // Clearing up is no success of what failed, and a start no proof that the guest stays up.
         if !matches!(step, Step::Remove(_)) {
@@ -459,6 +451,15 @@ impl Executor {
                 let reason = format!("its guest crashed, or was killed, {crashes} times in a row");
                 self.note_failure(subject, crashes, false, reason);
             }
+        }
+        match step {
+            // What is wished may have changed since.
+            Step::EnsureNetwork(wish) => {
+                let wished = self.assignment.iter().any(|assignment| assignment.networks.contains(wish));
+                self.networks.insert(wish.vni, wished);
+            }
+            Step::RemoveNetwork(vni) => drop(self.networks.remove(vni)),
+            _ => {}
         }
         let Subject::Vm(vm) = subject else { return };
         let now = clock::boottime_millis();
@@ -488,12 +489,6 @@ impl Executor {
     fn save(&mut self) -> io::Result<()> {
         self.journal.save(&self.seen, &self.memories)
     }
-}
-
-/// As it is told now: how old the copy has become since it was made.
-fn aged(made: &BackupReport, more_millis: u64) -> BackupReport {
-    let outcome = made.outcome.clone().map(|made| BackupMade { age_millis: more_millis, ..made });
-    BackupReport { outcome, ..made.clone() }
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ pub mod fleet;
 pub mod growth;
 pub mod load;
 pub mod machines;
+pub mod profile;
 pub mod store;
 pub mod table;
 pub mod watchers;
@@ -86,6 +87,9 @@ pub struct Settings {
 pub struct Results {
     pub disk: disk::SyncRate,
     pub cells: Vec<Cell>,
+    /// Where the members' CPU time goes while [`profile::WRITERS`] clients write.
+    pub hot: Vec<profile::Hot>,
+    pub steady: Steady,
     pub failover: Vec<failover::Gaps>,
     pub handovers: Option<failover::Handovers>,
     pub growth: Option<growth::Growth>,
@@ -97,6 +101,14 @@ pub struct Results {
     pub failed: Vec<String>,
     /// Load average of the machine at start and end: what else was going on.
     pub load_average: [f64; 2],
+}
+
+/// Whether anybody took the leader for dead while it was only busy.
+#[derive(Debug, Serialize)]
+pub struct Steady {
+    /// Of all the load, that of the peers too.
+    pub minutes: f64,
+    pub elections: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -133,7 +145,20 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
         }
         Some(why) => skipped.push(format!("etcd: {why}")),
     }
+    let (began, term) = (Instant::now(), cluster.status(0).await.context("a controller does not answer")?.term);
     let (disk, cells) = measure_load(settings, root, &cluster, &peers).await?;
+    let mut hot = Vec::new();
+    match profile::obstacle() {
+        None => {
+            let stores = store::clients(&cluster, CONNECTIONS)?;
+            let time = Duration::from_secs_f64(settings.seconds);
+            let measured = profile::measure(&cluster, &stores, root, time).await;
+            hot.extend(kept("the profile", measured, &mut failed).into_iter().flatten());
+        }
+        Some(why) => skipped.push(format!("the profile: {why}")),
+    }
+    let now = cluster.status(0).await.context("a controller does not answer")?.term;
+    let steady = Steady { minutes: began.elapsed().as_secs_f64() / 60.0, elections: now - term };
     let mib = |bytes: u64| bytes as f64 / 1_048_576.0;
     let mut memory = vec![Memory { system: TREFOIL, resident_mib: mib(cluster.resident_bytes()) }];
     memory.extend(peers.iter().map(|(system, etcd)| Memory { system, resident_mib: mib(etcd.resident_bytes()) }));
@@ -166,7 +191,20 @@ async fn measure(settings: &Settings, root: &std::path::Path) -> anyhow::Result<
         }
     };
     let load_average = [before, load_average()];
-    Ok(Results { disk, cells, failover, handovers, growth, creation, memory, skipped, failed, load_average })
+    Ok(Results {
+        disk,
+        cells,
+        hot,
+        steady,
+        failover,
+        handovers,
+        growth,
+        creation,
+        memory,
+        skipped,
+        failed,
+        load_average,
+    })
 }
 
 /// A part that failed leaves what the others measured.
@@ -181,7 +219,7 @@ async fn measure_load(
     cluster: &Cluster,
     peers: &[(&'static str, Etcd)],
 ) -> anyhow::Result<(disk::SyncRate, Vec<Cell>)> {
-    let mut systems = vec![(TREFOIL, store::trefoil(cluster, CONNECTIONS)?)];
+    let mut systems = vec![(TREFOIL, store::clients(cluster, CONNECTIONS)?)];
     for (name, etcd) in peers {
         systems.push((name, etcd.stores(CONNECTIONS)?));
     }

@@ -3,7 +3,8 @@
 use api::{
     client::new_request_id,
     proto::{
-        Bill, CreateTenantRequest, CreateVmRequest, DeleteVmRequest, GetBillRequest, ListRequest, Quota, Template, Vm,
+        Bill, CreateTenantRequest, CreateVmRequest, DeleteVmRequest, GetBillRequest, ListRequest, ListVmsRequest,
+        Quota, Template, Vm,
     },
 };
 use tests::stage::{Stage, Stub, TENANT, until};
@@ -32,6 +33,28 @@ async fn memory_of_a_host(stage: &Stage) -> u64 {
     let call = |mut stub: Stub, request| async move { stub.list_nodes(request).await };
     let nodes = stage.client.read(body, call).await.expect("nodes can be listed").nodes;
     nodes.iter().map(|node| node.memory_bytes).max().expect("there is a node")
+}
+
+/// More than one message of the stream holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_list_has_every_machine_once() {
+    const MACHINES: usize = 600;
+    let stage = Stage::furnished(1).await;
+    stage.create_network("wide", "10.8.0.0/20").await.expect("a network is created");
+    let create = |number: usize| {
+        let body = CreateVmRequest { network: "wide".into(), ..Stage::machine(&format!("m{number}"), "tiny") };
+        let call = |mut stub: Stub, request| async move { stub.create_vm(request).await };
+        stage.client.mutate(new_request_id(), body, call)
+    };
+    let created = futures::future::try_join_all((0..MACHINES).map(create)).await.expect("machines are created");
+    let mut ids: Vec<String> = created.into_iter().map(|vm| vm.id).collect();
+    ids.sort_by_key(|id| (id.len(), id.clone()));
+    let listed = stage.trefoil_ok(&["vm", "list"]);
+    let listed: Vec<&str> = listed["vms"].as_array().unwrap().iter().map(|vm| vm["id"].as_str().unwrap()).collect();
+    assert_eq!(listed, ids);
+    let asked = ListVmsRequest { tenant: TENANT.into(), after: ids[299].clone(), ..Default::default() };
+    let rest = stage.client.all_vms(asked).await.unwrap();
+    assert_eq!(rest.vms.iter().map(|vm| vm.id.clone()).collect::<Vec<_>>(), ids[300..]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -134,6 +134,34 @@ async fn members_are_added_removed_and_leadership_is_handed_over() {
 }
 
 /// Waits until so many controllers have a vote.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_follows_the_leader_with_what_it_changes() {
+    let stage = Stage::set(0).await;
+    let leader = stage.cluster.leader().await.expect("a leader");
+    let mut endpoints = stage.cluster.endpoints();
+    endpoints.rotate_left(leader + 1);
+    let access = stage.cluster.access();
+    let client = Client::new(&endpoints, &access.ca_pem, &access.token).unwrap();
+    let write = async |value: &str| {
+        let body =
+            SetTagRequest { tenant: TENANT.into(), key: "k".into(), value: value.into(), expected_version: None };
+        let call = |mut stub: Stub, request| async move { stub.set_tag(request).await };
+        client.mutate(new_request_id(), body, call).await.expect("a write succeeds");
+    };
+    assert_ne!(client.leader(), stage.cluster.endpoint(leader), "it begins with a follower");
+    write("one").await;
+    assert_eq!(client.leader(), stage.cluster.endpoint(leader));
+
+    let next = (leader + 1) % stage.cluster.size();
+    stage.cluster.transfer_leader(next).await.expect("leadership is handed over");
+    until("it writes to the new leader", async || {
+        write("two").await;
+        let (goes, leads) = (client.leader(), stage.cluster.endpoint(next));
+        if goes == leads { Ok(()) } else { Err(format!("it writes to {goes}, and {leads} leads")) }
+    })
+    .await;
+}
+
 async fn voters(stage: &Stage, count: usize) {
     until(&format!("{count} controllers vote"), async || {
         let status = stage.cluster.status(0).await.ok_or("no answer")?;

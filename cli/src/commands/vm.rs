@@ -10,8 +10,8 @@ use std::{
 use api::{
     error::ApiError,
     proto::{
-        ConsoleLogRequest, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsReply, ListVmsRequest,
-        MigrateVmRequest, ReadAt, SetVmPowerRequest, SetVmRecoveryRequest, Vm, VmRef,
+        ConsoleLogRequest, CreateVmRequest, DeleteVmRequest, GetVmRequest, ListVmsRequest, MigrateVmRequest,
+        SetVmPowerRequest, SetVmRecoveryRequest, Vm, VmRef,
     },
 };
 use clap::{Args, Subcommand};
@@ -19,7 +19,7 @@ use serde_json::json;
 
 use super::backup::outcome;
 use crate::{
-    context::{Context, PAGE, all_pages, change, read},
+    context::{Context, change, read},
     moment::moment_text,
     output::{self, Format, Rows, details, printable},
     quantity::{duration, duration_text, size_text},
@@ -210,25 +210,15 @@ async fn create(args: CreateArgs, context: &Context) -> Result<(), ApiError> {
 }
 
 async fn list(node: Option<String>, status: Option<String>, context: &Context) -> Result<(), ApiError> {
-    let mut read_at: Option<ReadAt> = None;
-    let vms = all_pages(async |after| {
-        let first = read_at.as_ref();
-        let body = ListVmsRequest {
-            tenant: context.tenant.clone(),
-            limit: PAGE,
-            after,
-            node: node.clone().unwrap_or_default(),
-            status: status.clone().unwrap_or_default(),
-            stale: context.stale,
-            at_least: first.filter(|_| !context.stale).map_or(0, |first| first.index),
-        };
-        let page = read!(context, list_vms, body)?;
-        read_at = read_at.take().or(page.read_at);
-        Ok((page.vms, page.next))
-    })
-    .await?;
-    output::label(context.format, read_at.as_ref());
-    let reply = ListVmsReply { vms, next: String::new(), read_at };
+    let asked = ListVmsRequest {
+        tenant: context.tenant.clone(),
+        node: node.unwrap_or_default(),
+        status: status.unwrap_or_default(),
+        stale: context.stale,
+        ..ListVmsRequest::default()
+    };
+    let reply = context.client.all_vms(asked).await?;
+    output::label(context.format, reply.read_at.as_ref());
     context.print(&reply, || table(&reply.vms).render(None))
 }
 

@@ -51,8 +51,7 @@ pub async fn nodes(client: &Client) -> Result<Vec<Node>, ApiError> {
 
 /// Of all tenants.
 pub async fn vms(client: &Client) -> Result<Vec<Vm>, ApiError> {
-    let body = ListVmsRequest { limit: PAGE, ..ListVmsRequest::default() };
-    Ok(ask!(client, list_vms, body)?.vms)
+    Ok(client.all_vms(ListVmsRequest::default()).await?.vms)
 }
 
 pub async fn vm(client: &Client, tenant: &str, vm: &str) -> Result<Vm, ApiError> {

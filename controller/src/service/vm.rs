@@ -3,15 +3,23 @@
 use std::ops::Bound;
 
 use api::{error::ApiError, proto};
+use futures::{StreamExt, future, stream};
 use model::{
     Command, OperatorCommand, Recovery, Reply, Role, State, TenantCommand, Vm, VmId, Wanted,
     plan::moves::{self, Manner},
 };
-use tonic::Request;
+use tonic::{Request, Status};
 
-use super::{Service, page};
-use crate::{access, access::Caller, core::Freshness, name, replicas, view};
+use super::{Flow, Service, page};
+use crate::{
+    access,
+    access::Caller,
+    core::{Core, Freshness},
+    name, replicas, view,
+};
 
+/// Rows of one message of a list that is a stream: made in less than a millisecond, while nothing is applied or heard.
+const STREAMED_ROWS: usize = 256;
 /// The longest piece of a console log that one call gives.
 const MOST_LOG_BYTES: u32 = 1 << 20;
 
@@ -108,30 +116,33 @@ impl Service {
     ) -> Result<proto::ListVmsReply, ApiError> {
         let caller = access::caller(&self.core, &request).await?;
         let body = request.into_inner();
-        let limit = page::limit(body.limit)?;
-        let after: VmId = page::after(&body.after)?;
-        let look = |state: &State| {
-            let node = if body.node.is_empty() { None } else { Some(name::node(state, &body.node)?.id) };
-            let fits = |vm: &&Vm| {
-                !vm.ghost
-                    && node.is_none_or(|node| vm.placement.is_some_and(|placement| placement.node == node))
-                    && (body.status.is_empty() || vm.status().to_string() == body.status)
-            };
-            let all_tenants = caller.role == Role::Operator && body.tenant.is_empty();
-            let rows: Box<dyn Iterator<Item = &Vm>> = if all_tenants {
-                Box::new(state.vms().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, vm)| vm))
-            } else {
-                Box::new(state.vms_of_tenant_after(name::tenant(state, &caller, &body.tenant)?.id, after))
-            };
-            let (vms, next) = page::cut(rows.filter(fits), limit, |vm| vm.id.to_string());
-            Ok(self.core.hear(|ears| (vms.into_iter().map(|vm| view::vm(state, ears, vm)).collect::<Vec<_>>(), next)))
-        };
-        let freshness = match body.at_least {
-            0 => body.stale.into(),
-            index => Freshness::AtLeast(index),
-        };
-        let (listed, read_at) = self.core.read(freshness, look).await?;
-        listed.map(|(vms, next)| proto::ListVmsReply { vms, next, read_at: Some(read_at) })
+        page_of_vms(&self.core, &caller, &body, page::limit(body.limit)?).await
+    }
+
+    /// The first page is made before the stream begins, so that a refusal is the answer to the call. Each other one is made when
+    /// the one before it is on its way.
+    pub(super) async fn vm_stream(
+        &self,
+        request: Request<proto::ListVmsRequest>,
+    ) -> Result<Flow<proto::ListVmsReply>, ApiError> {
+        let caller = access::caller(&self.core, &request).await?;
+        let mut asked = request.into_inner();
+        let first = page_of_vms(&self.core, &caller, &asked, STREAMED_ROWS).await?;
+        if !asked.stale {
+            asked.at_least = first.read_at.map_or(0, |at| at.index);
+        }
+        let after = first.next.clone();
+        let core = self.core.clone();
+        let rest = stream::try_unfold((core, caller, asked, after), |(core, caller, mut asked, after)| async {
+            if after.is_empty() {
+                return Ok(None);
+            }
+            asked.after = after;
+            let page = page_of_vms(&core, &caller, &asked, STREAMED_ROWS).await.map_err(Status::from)?;
+            let after = page.next.clone();
+            Ok(Some((page, (core, caller, asked, after))))
+        });
+        Ok(Box::pin(stream::once(future::ready(Ok(first))).chain(rest)))
     }
 
     pub(super) async fn vm_console(
@@ -186,6 +197,37 @@ fn set_backup(state: &State, caller: &Caller, body: &proto::SetVmBackupRequest) 
     let vm = name::vm(state, caller, &body.tenant, &body.vm)?.id;
     let (every_millis, keep, full_every) = (body.every_millis, body.keep, body.full_every);
     Ok(Command::Tenant(TenantCommand::SetVmBackup { vm, every_millis, keep, full_every }))
+}
+
+async fn page_of_vms(
+    core: &Core,
+    caller: &Caller,
+    asked: &proto::ListVmsRequest,
+    limit: usize,
+) -> Result<proto::ListVmsReply, ApiError> {
+    let after: VmId = page::after(&asked.after)?;
+    let look = |state: &State| {
+        let node = if asked.node.is_empty() { None } else { Some(name::node(state, &asked.node)?.id) };
+        let fits = |vm: &&Vm| {
+            !vm.ghost
+                && node.is_none_or(|node| vm.placement.is_some_and(|placement| placement.node == node))
+                && (asked.status.is_empty() || vm.status().to_string() == asked.status)
+        };
+        let all_tenants = caller.role == Role::Operator && asked.tenant.is_empty();
+        let rows: Box<dyn Iterator<Item = &Vm>> = if all_tenants {
+            Box::new(state.vms().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, vm)| vm))
+        } else {
+            Box::new(state.vms_of_tenant_after(name::tenant(state, caller, &asked.tenant)?.id, after))
+        };
+        let (vms, next) = page::cut(rows.filter(fits), limit, |vm| vm.id.to_string());
+        Ok(core.hear(|ears| (vms.into_iter().map(|vm| view::vm(state, ears, vm)).collect::<Vec<_>>(), next)))
+    };
+    let freshness = match asked.at_least {
+        0 => asked.stale.into(),
+        index => Freshness::AtLeast(index),
+    };
+    let (listed, read_at) = core.read(freshness, look).await?;
+    listed.map(|(vms, next)| proto::ListVmsReply { vms, next, read_at: Some(read_at) })
 }
 
 fn recovery(text: &str) -> Result<Recovery, ApiError> {

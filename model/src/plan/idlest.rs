@@ -3,10 +3,13 @@
 //! The nodes are ranked once a plan, at the first question, and each promise moves one of them; so a burst of machines
 //! costs the number of nodes once and not for each machine.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map},
+    iter::Peekable,
+};
 
 use super::share;
-use crate::{Capacity, Node, NodeId, NodeState, Rejection, State, Telemetry, setting};
+use crate::{Capacity, Node, NodeId, NodeState, Rejection, State, Telemetry, setting, telemetry::Heard};
 
 /// Nodes whose load differs by less than this, a weight, count as equally idle, and the one with fewest machines is
 /// taken: samples of use vary by as much on an idle host, and following them would pile machines up.
@@ -23,11 +26,15 @@ pub(super) struct Idlest<'a> {
 struct Ranked<'a> {
     weights: [u64; 3],
     noise: u64,
-    seats: BTreeMap<NodeId, Seat<'a>>,
-    by_load: BTreeSet<(u64, NodeId)>,
+    /// In the order of their nodes' ids, so that of equal ones the first comes first.
+    seats: Vec<Seat<'a>>,
+    by_load: BTreeSet<(u64, Place)>,
     /// By load in steps of the noise; within a step by machines, then load.
-    bands: BTreeMap<u64, BTreeSet<(usize, u64, NodeId)>>,
+    bands: BTreeMap<u64, BTreeSet<(usize, u64, Place)>>,
 }
+
+/// Of a seat among the seats.
+type Place = usize;
 
 /// A node that may be given machines at all.
 struct Seat<'a> {
@@ -83,52 +90,59 @@ impl<'a> Ranked<'a> {
         let weights =
             [setting::WEIGHT_CPU, setting::WEIGHT_MEMORY, setting::WEIGHT_DISK].map(|name| state.setting(name));
         let overcommit = state.overcommit();
+        let index = &state.index;
+        let (mut heard, mut reserved) = (Beside::new(&telemetry.nodes), Beside::new(&index.reserved));
+        let (mut coming, mut machines) = (Beside::new(&index.coming), Beside::new(&index.vms_by_node));
         let open = state.nodes().values().filter(|node| takes_machines(node));
-        let seats: BTreeMap<NodeId, Seat> = open
+        let seats: Vec<Seat> = open
             .map(|node| {
                 let mut seat = Seat {
                     node,
                     room: overcommit.of(node.capacity),
-                    promised: state.reserved(node.id),
-                    used: used_permille(telemetry, node),
-                    soon: state.index.coming.get(&node.id).copied().unwrap_or_default(),
+                    promised: reserved.get(node.id).copied().unwrap_or_default(),
+                    used: used_permille(heard.get(node.id)),
+                    soon: coming.get(node.id).copied().unwrap_or_default(),
                     extra: Capacity::default(),
-                    machines: state.vm_count_on_node(node.id),
+                    machines: machines.get(node.id).map_or(0, BTreeSet::len),
                     load: 0,
                 };
                 seat.load = seat.weigh(weights);
-                (node.id, seat)
+                seat
             })
             .collect();
         let noise = weights.iter().map(|weight| weight.saturating_mul(NOISE_PERMILLE)).fold(0, u64::saturating_add);
-        let by_load = seats.iter().map(|(id, seat)| (seat.load, *id)).collect();
-        let mut bands: BTreeMap<u64, Vec<(usize, u64, NodeId)>> = BTreeMap::new();
-        for (id, seat) in &seats {
-            bands.entry(seat.load / noise.max(1)).or_default().push((seat.machines, seat.load, *id));
+        let by_load = (0..).zip(&seats).map(|(place, seat)| (seat.load, place)).collect();
+        let mut bands: BTreeMap<u64, Vec<(usize, u64, Place)>> = BTreeMap::new();
+        for (place, seat) in (0..).zip(&seats) {
+            bands.entry(seat.load / noise.max(1)).or_default().push((seat.machines, seat.load, place));
         }
         let bands = bands.into_iter().map(|(band, seats)| (band, seats.into_iter().collect())).collect();
         Self { weights, noise, seats, by_load, bands }
     }
 
     fn idlest(&self, size: Capacity, room: impl Fn(&Node, Capacity) -> Result<(), Rejection>) -> Option<NodeId> {
-        let takes = |id: &NodeId| {
-            let seat = &self.seats[id];
+        let takes = |place: Place| {
+            let seat = &self.seats[place];
             size.fits_in(seat.room.minus(seat.promised)) && room(seat.node, seat.extra).is_ok()
         };
-        let (least, _) = self.by_load.iter().find(|(_, id)| takes(id))?;
+        let (least, _) = self.by_load.iter().find(|(_, place)| takes(*place))?;
         let most = least.saturating_add(self.noise);
         let width = self.noise.max(1);
         let alike = self.bands.range(least / width..=most / width);
-        let first = |seats: &BTreeSet<(usize, u64, NodeId)>| {
-            seats.iter().find(|(_, load, id)| (*least..=most).contains(load) && takes(id)).copied()
+        let first = |seats: &BTreeSet<(usize, u64, Place)>| {
+            seats.iter().find(|(_, load, place)| (*least..=most).contains(load) && takes(*place)).copied()
         };
-        alike.filter_map(|(_, seats)| first(seats)).min().map(|(.., node)| node)
+        alike.filter_map(|(_, seats)| first(seats)).min().map(|(.., place)| self.seats[place].node.id)
+    }
+
+    fn place_of(&self, node: NodeId) -> Option<Place> {
+        self.seats.binary_search_by_key(&node, |seat| seat.node.id).ok()
     }
 
     fn why_none(&self, state: &State, room: impl Fn(&Node, Capacity) -> Result<(), Rejection>) -> String {
         let mut refusals: BTreeMap<String, u32> = BTreeMap::new();
         for node in state.nodes().values() {
-            let extra = self.seats.get(&node.id).map_or(Capacity::default(), |seat| seat.extra);
+            let extra = self.place_of(node.id).map_or(Capacity::default(), |place| self.seats[place].extra);
             if let Err(Rejection::NoRoom { reason, .. }) = room(node, extra) {
                 *refusals.entry(reason).or_default() += 1;
             }
@@ -139,18 +153,34 @@ impl<'a> Ranked<'a> {
 
     fn promise(&mut self, node: NodeId, size: Capacity) {
         let width = self.noise.max(1);
-        let Some(seat) = self.seats.get_mut(&node) else { return };
-        self.by_load.remove(&(seat.load, node));
+        let Some(place) = self.place_of(node) else { return };
+        let seat = &mut self.seats[place];
+        self.by_load.remove(&(seat.load, place));
         if let Some(band) = self.bands.get_mut(&(seat.load / width)) {
-            band.remove(&(seat.machines, seat.load, node));
+            band.remove(&(seat.machines, seat.load, place));
         }
         for sum in [&mut seat.promised, &mut seat.soon, &mut seat.extra] {
             *sum = sum.plus(size);
         }
         seat.machines += 1;
         seat.load = seat.weigh(self.weights);
-        self.by_load.insert((seat.load, node));
-        self.bands.entry(seat.load / width).or_default().insert((seat.machines, seat.load, node));
+        self.by_load.insert((seat.load, place));
+        self.bands.entry(seat.load / width).or_default().insert((seat.machines, seat.load, place));
+    }
+}
+
+/// A map that is asked for rising nodes and walks along: a search from its top for each would cost more than all the rest of
+/// ranking.
+struct Beside<'a, T>(Peekable<btree_map::Iter<'a, NodeId, T>>);
+
+impl<'a, T> Beside<'a, T> {
+    fn new(map: &'a BTreeMap<NodeId, T>) -> Self {
+        Self(map.iter().peekable())
+    }
+
+    fn get(&mut self, node: NodeId) -> Option<&'a T> {
+        while self.0.next_if(|(id, _)| **id < node).is_some() {}
+        self.0.next_if(|(id, _)| **id == node).map(|(_, value)| value)
     }
 }
 
@@ -170,9 +200,9 @@ pub(super) fn takes_machines(node: &Node) -> bool {
     node.state == NodeState::Up && !node.cordoned && !node.maintenance
 }
 
-fn used_permille(telemetry: &Telemetry, node: &Node) -> [u64; 3] {
+fn used_permille(heard: Option<&Heard>) -> [u64; 3] {
     // A node that has not told its use yet counts as busy: it must not draw everything to itself.
-    let told = telemetry.nodes.get(&node.id).map(|heard| &heard.status).filter(|status| status.memory_total_bytes > 0);
+    let told = heard.map(|heard| &heard.status).filter(|status| status.memory_total_bytes > 0);
     told.map_or([1000; 3], |used| {
         let memory = share(used.memory_used_bytes, used.memory_total_bytes);
         [u64::from(used.cpu_permille), memory, share(used.disk_used_bytes, used.disk_total_bytes)]

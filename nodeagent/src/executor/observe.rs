@@ -21,14 +21,17 @@ use crate::{
 /// What was found.
 pub struct Look {
     pub guests: BTreeMap<VmId, FoundGuest>,
-    pub networks: BTreeMap<u32, bool>,
+    /// `None`: they were not looked at.
+    pub networks: Option<BTreeMap<u32, bool>>,
     pub images: BTreeMap<Digest, u64>,
     pub pinned_images: BTreeSet<Digest>,
 }
 
+/// `wanted`: `None` does not look at the networks, which would wait for the end of what is being done to one of them.
+///
 /// # Errors
 /// When the hypervisor does not say which guests there are. Then nothing is known, and nothing may be concluded.
-pub async fn look(host: &Arc<Host>, wanted: &[NetworkWish]) -> Result<Look, HypervisorError> {
+pub async fn look(host: &Arc<Host>, wanted: Option<&[NetworkWish]>) -> Result<Look, HypervisorError> {
     let blocking = host.clone();
     let looked = spawn_blocking(move || {
         let guests = blocking.hypervisor.guests()?;
@@ -37,17 +40,23 @@ pub async fn look(host: &Arc<Host>, wanted: &[NetworkWish]) -> Result<Look, Hype
         Ok((guests, images, pinned_images))
     });
     // Side by side: a machine that is being made waits for a look after each of its steps.
-    let (looked, networks) = tokio::join!(looked, host.network.found(wanted));
+    let networks = async {
+        match wanted {
+            Some(wanted) => Some(host.network.found(wanted).await),
+            None => None,
+        }
+    };
+    let (looked, networks) = tokio::join!(looked, networks);
     let (guests, images, pinned_images) =
         looked.map_err(|_| HypervisorError::Transient("the look at the guests was cut short".into()))??;
-    let networks = match networks {
+    let networks = networks.map(|networks| match networks {
         Ok(found) => found.into_iter().map(|network| (network.vni, network.complete)).collect(),
         Err(error) => {
             // Taken as none: making one that is there already touches nothing, and none is removed.
             tracing::warn!(%error, "the networks of this host cannot be seen");
             BTreeMap::new()
         }
-    };
+    });
     let guests = guests.into_iter().map(|guest| (guest.vm, found_guest(&guest))).collect();
     Ok(Look { guests, networks, images, pinned_images })
 }

@@ -63,11 +63,17 @@ impl LinuxNetwork {
     async fn make(&self, wish: &NetworkWish, local: IpAddr) -> Result<()> {
         let names = Names::of(wish.vni);
         segment::Bridge { netlink: &self.netlink, names: &names, mtu: self.mtu }.ensure().await?;
-        // Before the tunnel is there, so that not one packet crosses it that must not.
-        guard::ensure(&names, wish).await?;
-        segment::Tunnel { netlink: &self.netlink, names: &names, mtu: self.mtu, local, wish }.ensure().await?;
-        let inside = gateway::Gateway { netlink: &self.netlink, names: &names, mtu: self.mtu, wish }.ensure().await?;
-        dhcp::Server { names: &names, mtu: self.mtu, wish }.ensure(&inside).await?;
+        let outwards = async {
+            // Before the tunnel is there, so that not one packet crosses it that must not.
+            guard::ensure(&names, wish).await?;
+            segment::Tunnel { netlink: &self.netlink, names: &names, mtu: self.mtu, local, wish }.ensure().await
+        };
+        let inwards = async {
+            let gateway = gateway::Gateway { netlink: &self.netlink, names: &names, mtu: self.mtu, wish };
+            dhcp::Server { names: &names, mtu: self.mtu, wish }.ensure(&gateway.ensure().await?).await
+        };
+        // Side by side: each starts a process, and a machine that is being made waits for both.
+        tokio::try_join!(outwards, inwards)?;
         segment::adopt_taps(&self.netlink, &names, wish).await
     }
 

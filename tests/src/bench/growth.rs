@@ -31,8 +31,9 @@ use super::{
 const CREATORS: usize = 64;
 /// Clients that write while lists are read.
 const WRITERS: usize = 16;
-/// The most that a page may have.
-const PAGE: u32 = 1000;
+/// How often each of them writes: 500 writes a second together, as ten thousand machines that each change every twenty seconds,
+/// and as often as it is answered, which takes all of both cores.
+const PACES: [Duration; 2] = [Duration::from_millis(32), Duration::ZERO];
 const SHORT_PAGE: u32 = 100;
 /// Whole lists; ten times as many short pages.
 const LISTS: usize = 40;
@@ -48,16 +49,22 @@ pub struct Growth {
     pub hosts: usize,
     /// Machines accepted a second.
     pub created_per_second: f64,
-    /// The same while the list was read.
-    pub writes_per_second: f64,
-    pub list_millis: Quantiles,
-    pub page_millis: Quantiles,
+    /// Beside each of [`PACES`].
+    pub lists: Vec<Lists>,
     /// Placements committed a second, until the last machine had a host.
     pub placed_per_second: f64,
     pub listening: Vec<Listening>,
     pub watching: watchers::Watching,
     pub joining: failover::Joining,
     pub resident_mib: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Lists {
+    /// That went on meanwhile.
+    pub writes_per_second: f64,
+    pub whole_millis: Quantiles,
+    pub page_millis: Quantiles,
 }
 
 #[derive(Debug, Serialize)]
@@ -100,8 +107,12 @@ async fn grow(cluster: &mut Cluster, root: &Path, settings: &Settings) -> anyhow
     maintain(&clients, &fleet, true).await?;
     let created_per_second = create(&clients, machines).await?;
     eprintln!("  {machines} machines: {created_per_second:.0} created a second");
-    let (list_millis, page_millis, writes_per_second) = read_lists(cluster, &clients, machines).await?;
-    eprintln!("  list p99 {:.1} ms, page p99 {:.2} ms", list_millis.p99, page_millis.p99);
+    let mut lists = Vec::new();
+    for every in PACES {
+        let read = read_lists(cluster, &clients, machines, every).await?;
+        eprintln!("  list p99 {:.1} ms, page p99 {:.2} ms", read.whole_millis.p99, read.page_millis.p99);
+        lists.push(read);
+    }
     let watching = watchers::measure(cluster, settings.watchers).await?;
     eprintln!("  {} watchers: p99 {:.1} ms", watching.watchers, watching.p99_millis);
     let placed_per_second = place(&clients, &fleet, machines).await?;
@@ -117,9 +128,7 @@ async fn grow(cluster: &mut Cluster, root: &Path, settings: &Settings) -> anyhow
         machines,
         hosts,
         created_per_second,
-        writes_per_second,
-        list_millis,
-        page_millis,
+        lists,
         placed_per_second,
         listening,
         watching,
@@ -188,55 +197,37 @@ async fn create(clients: &[Client], machines: usize) -> anyhow::Result<f64> {
     Ok(machines as f64 / began.elapsed().as_secs_f64())
 }
 
-/// The whole list and a short page of it, in milliseconds, and the writes a second that went on meanwhile.
-async fn read_lists(
-    cluster: &Cluster,
-    clients: &[Client],
-    machines: usize,
-) -> anyhow::Result<(Quantiles, Quantiles, f64)> {
-    let stores = store::trefoil(cluster, WRITERS.min(6))?;
+/// The whole list and a short page of it, beside writers who each write once in `every`.
+async fn read_lists(cluster: &Cluster, clients: &[Client], machines: usize, every: Duration) -> anyhow::Result<Lists> {
+    let stores = store::clients(cluster, WRITERS.min(6))?;
     load::fill(&stores).await?;
     let mut writers = tokio::task::JoinSet::new();
     let began = Instant::now();
     let until = began + Duration::from_secs(3600);
     for number in 0..WRITERS {
-        let store = stores[number % stores.len()].clone();
-        writers.spawn(load::one_client(store, Operation::Write, until, Chance::new(number as u64)));
+        let (store, chance) = (stores[number % stores.len()].clone(), Chance::new(number as u64));
+        writers.spawn(load::paced_client(store, Operation::Write, until, chance, every));
     }
     let before = applied(cluster).await?;
     let (mut whole, mut short) = (load::histogram(), load::histogram());
+    let asked = ListVmsRequest { tenant: TENANT.into(), ..ListVmsRequest::default() };
     for round in 0..LISTS {
         let client = &clients[round % clients.len()];
         let start = Instant::now();
-        let found = pages(client, PAGE, String::new(), usize::MAX).await?;
+        let found = client.all_vms(asked.clone()).await?.vms;
         whole.record(u64::try_from(start.elapsed().as_micros())?)?;
         anyhow::ensure!(found.len() == machines, "{} of {machines} machines are listed", found.len());
         for page in 0..10 {
-            let after = found[(round * 10 + page) * machines / (LISTS * 10)].clone();
+            let after = found[(round * 10 + page) * machines / (LISTS * 10)].id.clone();
+            let asked = ListVmsRequest { limit: SHORT_PAGE, after, ..asked.clone() };
             let start = Instant::now();
-            pages(client, SHORT_PAGE, after, 1).await?;
+            client.read(asked, async |mut stub, request| stub.list_vms(request).await).await?;
             short.record(u64::try_from(start.elapsed().as_micros())?)?;
         }
     }
-    let writes = (applied(cluster).await? - before) as f64 / began.elapsed().as_secs_f64();
+    let writes_per_second = (applied(cluster).await? - before) as f64 / began.elapsed().as_secs_f64();
     writers.shutdown().await;
-    Ok((Quantiles::of(&whole), Quantiles::of(&short), writes))
-}
-
-/// Ids of machines from `after` on, page by page.
-async fn pages(client: &Client, limit: u32, mut after: String, most: usize) -> anyhow::Result<Vec<String>> {
-    let (mut found, mut at_least) = (Vec::new(), 0);
-    for _ in 0..most {
-        let asked = ListVmsRequest { tenant: TENANT.into(), limit, after, at_least, ..ListVmsRequest::default() };
-        let reply = client.read(asked, async |mut stub, request| stub.list_vms(request).await).await?;
-        found.extend(reply.vms.into_iter().map(|vm| vm.id));
-        after = reply.next;
-        at_least = reply.read_at.map_or(0, |first| first.index);
-        if after.is_empty() {
-            break;
-        }
-    }
-    Ok(found)
+    Ok(Lists { writes_per_second, whole_millis: Quantiles::of(&whole), page_millis: Quantiles::of(&short) })
 }
 
 async fn applied(cluster: &Cluster) -> anyhow::Result<u64> {

@@ -163,15 +163,26 @@ impl Cell {
 }
 
 /// One request after the other until `end`; how long each took, and how many failed.
-pub async fn one_client(
+pub async fn one_client(store: Store, operation: Operation, end: Instant, chance: Chance) -> (Histogram<u64>, u64) {
+    paced_client(store, operation, end, chance, Duration::ZERO).await
+}
+
+/// The same, and no request sooner than `every` after the one before.
+pub async fn paced_client(
     mut store: Store,
     operation: Operation,
     end: Instant,
     mut chance: Chance,
+    every: Duration,
 ) -> (Histogram<u64>, u64) {
     let mut seen = histogram();
     let mut errors = 0;
+    let mut next = Instant::now();
     while Instant::now() < end {
+        if next > Instant::now() {
+            tokio::time::sleep_until(next.into()).await;
+        }
+        next = Instant::now() + every;
         let key = chance.below(KEYS);
         let start = Instant::now();
         let outcome = match operation {

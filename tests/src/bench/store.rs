@@ -3,7 +3,12 @@
 use std::time::Duration;
 
 use anyhow::anyhow;
-use api::{proto as trefoil_proto, proto::trefoil_client::TrefoilClient, tls};
+use api::{
+    client::{Client, new_request_id},
+    proto as trefoil_proto,
+    proto::trefoil_client::TrefoilClient,
+    tls,
+};
 use jepsen::cluster::Cluster;
 use tonic::{Request, metadata::AsciiMetadataValue, transport::Channel};
 
@@ -14,8 +19,31 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Clone)]
 pub enum Store {
-    Trefoil { api: TrefoilClient<Channel>, token: AsciiMetadataValue },
-    Etcd { kv: proto::kv_client::KvClient<Channel> },
+    /// As programs use it: follows the leader, and tries again.
+    Client(Client),
+    /// One attempt at one member.
+    Trefoil {
+        api: TrefoilClient<Channel>,
+        token: AsciiMetadataValue,
+    },
+    Etcd {
+        kv: proto::kv_client::KvClient<Channel>,
+    },
+}
+
+/// Clients, each of which begins with another member.
+///
+/// # Errors
+/// When an endpoint or the token is malformed.
+pub fn clients(cluster: &Cluster, clients: usize) -> anyhow::Result<Vec<Store>> {
+    (0..clients)
+        .map(|number| {
+            let access = cluster.access();
+            let mut endpoints = cluster.endpoints();
+            endpoints.rotate_left(number % cluster.size());
+            Ok(Store::Client(Client::new(&endpoints, &access.ca_pem, &access.token)?.with_deadline(TIMEOUT)))
+        })
+        .collect()
 }
 
 /// Connections to all members in turn.
@@ -41,14 +69,19 @@ impl Store {
     /// # Errors
     /// With what the server or the transport said.
     pub async fn write(&mut self, number: usize, value: &str) -> anyhow::Result<()> {
+        let tag = || trefoil_proto::SetTagRequest {
+            tenant: TENANT.into(),
+            key: key(number),
+            value: value.to_owned(),
+            expected_version: None,
+        };
         let outcome = match self {
+            Self::Client(client) => {
+                let call = async |mut stub: TrefoilClient<Channel>, request| stub.set_tag(request).await;
+                return Ok(client.mutate(new_request_id(), tag(), call).await.map(drop)?);
+            }
             Self::Trefoil { api, token } => {
-                let message = trefoil_proto::SetTagRequest {
-                    tenant: TENANT.into(),
-                    key: key(number),
-                    value: value.to_owned(),
-                    expected_version: None,
-                };
+                let message = tag();
                 let mut request = Request::new(message);
                 request.metadata_mut().insert("authorization", token.clone());
                 request.metadata_mut().insert("trefoil-request", uuid::Uuid::now_v7().to_string().parse()?);
@@ -67,9 +100,14 @@ impl Store {
     /// # Errors
     /// With what the server or the transport said, or when the key is not there.
     pub async fn read(&mut self, number: usize) -> anyhow::Result<usize> {
+        let get = || trefoil_proto::GetTagRequest { tenant: TENANT.into(), key: key(number), stale: false };
         let outcome = match self {
+            Self::Client(client) => {
+                let call = async |mut stub: TrefoilClient<Channel>, request| stub.get_tag(request).await;
+                Ok(client.read(get(), call).await?.value.len())
+            }
             Self::Trefoil { api, token } => {
-                let message = trefoil_proto::GetTagRequest { tenant: TENANT.into(), key: key(number), stale: false };
+                let message = get();
                 let mut request = Request::new(message);
                 request.metadata_mut().insert("authorization", token.clone());
                 let reply = tokio::time::timeout(TIMEOUT, api.get_tag(request)).await?;

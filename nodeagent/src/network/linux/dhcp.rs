@@ -29,7 +29,8 @@ use super::{
 
 /// How long a server may take to end before it is killed: it has nothing to save.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
-const STOP_POLL: Duration = Duration::from_millis(10);
+/// It ends within a millisecond, and a machine that is being made waits for the next one.
+const STOP_POLL: Duration = Duration::from_millis(1);
 
 pub struct Server<'a> {
     pub names: &'a Names,
