@@ -19,7 +19,7 @@ use std::{
 };
 
 use model::{
-    Assignment, Digest, Phase, Power, VmId, VmWish,
+    Assignment, Digest, NetworkWish, Phase, Power, VmId, VmWish,
     command::BackupReport,
     steps::{Failure, FoundPower, Memory, Observed, Seen, Step, Subject, Told, accept, steps},
 };
@@ -174,6 +174,11 @@ impl Executor {
             );
         }
         let old = self.assignment.replace(new.clone());
+        // What was seen of a network does not speak of what is wished of it from now on.
+        let same = |wish: &NetworkWish| old.iter().any(|old| old.networks.contains(wish));
+        for wish in new.networks.iter().filter(|wish| !same(wish)) {
+            self.networks.entry(wish.vni).and_modify(|complete| *complete = false);
+        }
         let asked = |wish: &VmWish| (wish.epoch, wish.attempt, wish.power, wish.reboots);
         let before: BTreeMap<VmId, _> =
             old.iter().flat_map(|old| &old.vms).map(|wish| (wish.vm, asked(wish))).collect();

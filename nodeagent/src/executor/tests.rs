@@ -410,6 +410,21 @@ async fn a_network_that_was_broken_by_hand_is_mended() {
     }
 }
 
+#[tokio::test]
+async fn a_network_of_which_more_is_wished_is_not_whole_before_it_was_seen_again() {
+    let mut world = World::new();
+    world.kill_agent().await;
+    let (mut executor, _outbox) = world.executor();
+    executor.obey(assignment(1, vec![vm(7, Power::Running)])).unwrap();
+    executor.networks = [(100, true)].into();
+    executor.obey(assignment(2, vec![vm(7, Power::Stopped)])).unwrap();
+    assert_eq!(executor.networks, [(100, true)].into(), "nothing else is wished of it");
+    let mut wider = (*assignment(3, vec![vm(7, Power::Running)])).clone();
+    wider.networks[0].peers.push(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7)));
+    executor.obey(Arc::new(wider)).unwrap();
+    assert_eq!(executor.networks, [(100, false)].into());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn in_a_new_session_everything_is_told_again() {
     let world = World::new();
