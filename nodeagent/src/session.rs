@@ -16,6 +16,7 @@
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use api::{
+    client::LEADER_KEY,
     proto::{Frame, node_session_client::NodeSessionClient},
     session::{FromAgent, MAX_FRAME_BYTES, ToAgent, decode, encode},
     tls::{Identity, client_tls, connect},
@@ -34,9 +35,6 @@ use crate::{
     membership::EpochMark,
     outbox::Outbox,
 };
-
-/// The metadata in which a controller that is not the leader names the one that is.
-pub const LEADER_KEY: &str = "trefoil-leader";
 
 /// A controller has this long to accept a session: it commits an entry for it, which may have to wait for an election.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);

@@ -12,6 +12,7 @@ use std::{
 
 use api::{
     beat::{self, Ack, ReplayGuard, Verdict},
+    client::LEADER_KEY,
     error::ApiError,
     proto::{
         Chunk, Frame, GetImageBytesRequest, GuestConsoleLogRequest, ListQuarantineRequest, PutImageHeader,
@@ -30,7 +31,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::*;
-use crate::session::LEADER_KEY;
 
 mod lease;
 
