@@ -24,6 +24,15 @@ use rcgen::{
     date_time_ymd,
 };
 use tokio::net::UnixStream;
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{
+        RootCertStore, ServerConfig,
+        crypto::ring,
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+        server::WebPkiClientVerifier,
+    },
+};
 use tonic::{
     codegen::{Service, http::Uri},
     transport::{
@@ -44,8 +53,8 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A peer that vanished without a FIN is noticed within the sum of these two while a call is open.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(3);
-/// A server gives a handshake this long, so that silent connections do not pile up.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A server gives a handshake this long, so that silent connections do not pile up: its clients do not wait longer.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Flow control windows: an image stream over 10 Gbit/s and 1 ms in flight needs about 1.25 MB.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
@@ -153,7 +162,7 @@ impl Identity {
     /// # Errors
     /// When the certificate is malformed.
     pub fn name(&self) -> Result<String, TlsError> {
-        common_name(&certificate_der(&self.cert_pem)?).ok_or(TlsError::BadCertificate)
+        holder(&certificate_der(&self.cert_pem)?).ok_or(TlsError::BadCertificate)
     }
 
     /// Reads `identity.pem` in `dir`; `None` when there is no such file.
@@ -205,6 +214,26 @@ pub fn server_tls(identity: &Identity) -> ServerTlsConfig {
         .timeout(HANDSHAKE_TIMEOUT)
 }
 
+/// The same, for a server that shakes hands itself.
+///
+/// # Errors
+/// When a file of the identity is malformed.
+pub fn acceptor(identity: &Identity) -> Result<TlsAcceptor, TlsError> {
+    let bad = |error: &dyn std::fmt::Display| TlsError::BadConfig(error.to_string());
+    let certificate = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|e| bad(&e));
+    let provider = Arc::new(ring::default_provider());
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate(&identity.ca_pem)?).map_err(|e| bad(&e))?;
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone());
+    let verifier = verifier.allow_unauthenticated().build().map_err(|e| bad(&e))?;
+    let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).map_err(|e| bad(&e))?;
+    let versions = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let builder = versions.map_err(|e| bad(&e))?.with_client_cert_verifier(verifier);
+    let mut config = builder.with_single_cert(vec![certificate(&identity.cert_pem)?], key).map_err(|e| bad(&e))?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(Arc::new(config).into())
+}
+
 /// For a part of the cloud that shows its certificate.
 pub fn client_tls(identity: &Identity) -> ClientTlsConfig {
     client_tls_ca(&identity.ca_pem)
@@ -244,7 +273,7 @@ pub fn connect(endpoint: &str, tls: ClientTlsConfig) -> Result<Channel, TlsError
 /// The name in the certificate that the caller showed and that TLS verified against the cloud's authority; `None`
 /// when it showed none. The same on TCP and on the unix socket.
 pub fn peer_identity<T>(request: &tonic::Request<T>) -> Option<String> {
-    peer_certificate(request).and_then(|der| common_name(&der))
+    peer_certificate(request).and_then(|der| holder(&der))
 }
 
 /// The digest of the verified certificate, as [`fingerprint`] gives it.
@@ -267,7 +296,8 @@ fn peer_certificate<T>(request: &tonic::Request<T>) -> Option<Vec<u8>> {
     tcp().or_else(unix)?.first().map(|der| der.to_vec())
 }
 
-fn common_name(der: &[u8]) -> Option<String> {
+/// The name in a certificate, DER; `None` when it has none, or more than one.
+pub fn holder(der: &[u8]) -> Option<String> {
     let (rest, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
     let mut names = certificate.subject().iter_common_name();
     let name = names.next()?.as_str().ok()?;

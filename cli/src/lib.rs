@@ -28,6 +28,7 @@ use std::{ffi::OsString, process::ExitCode, time::Duration};
 
 use api::error::ApiError;
 use clap::{CommandFactory, FromArgMatches};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use arguments::Cli;
 use output::Format;
@@ -64,6 +65,9 @@ fn run(cli: Cli, format: Format) -> Result<(), ApiError> {
     logging::init(&cli.command);
     // A client waits for one answer at a time; a server has as many threads as the machine.
     let is_server = cli.command.is_server();
+    if is_server {
+        open_as_many_files_as_allowed();
+    }
     let mut runtime = match is_server {
         true => tokio::runtime::Builder::new_multi_thread(),
         false => tokio::runtime::Builder::new_current_thread(),
@@ -79,6 +83,15 @@ fn run(cli: Cli, format: Format) -> Result<(), ApiError> {
         runtime.shutdown_background();
     }
     outcome
+}
+
+/// The soft limit is low for the sake of programs that call `select`; a session of each of two thousand hosts needs more.
+fn open_as_many_files_as_allowed() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
 }
 
 /// One sentence on the error stream, as text or as a JSON object.

@@ -13,6 +13,7 @@ use api::{
 use model::{Actor, Command, ControllerId, Rejection, Reply, Request, State, Telemetry};
 use nix::time::{ClockId, clock_gettime};
 use raft::{Committed, Proposal, ProposeError, ReadError, Replica};
+use tokio::sync::Semaphore;
 use tonic::metadata::{Ascii, MetadataValue};
 
 use crate::{bells::Bells, probe::Probes};
@@ -24,10 +25,14 @@ pub(crate) struct Core {
     pub ears: Mutex<Telemetry>,
     pub probes: Probes,
     pub bells: Bells,
+    /// For what every host's session may have to do at the same moment: who waits for one waits behind none but sessions.
+    pub turns: Semaphore,
     /// The last leader that was not this controller, and its address: ids are never given to another address.
     pub leader: Mutex<Option<(ControllerId, MetadataValue<Ascii>)>>,
 }
 
+/// Assignments that are made at the same time.
+pub(crate) const TURNS: usize = 4;
 /// How long an answer waits for this replica to apply what the quorum committed.
 const CATCH_UP: Duration = Duration::from_secs(5);
 

@@ -1,9 +1,9 @@
-//! The leader's loop: plan from the state and what was heard, propose, and again when either has changed.
+//! The leader's loops: plan from the state and what was heard, propose, and again when either has changed.
 
 use std::{sync::Arc, time::Duration};
 
 use futures::future::join_all;
-use model::{Command, PlannerCommand, Telemetry, plan};
+use model::{Command, PlannerCommand, State, Telemetry, Timestamp, plan};
 use raft::ProposeError;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -16,8 +16,13 @@ use crate::{
 const TICK: Duration = Duration::from_millis(500);
 /// A lease is shorter by the age of the last confirmation, which costs a round of heartbeats between controllers.
 const CONFIRM: Duration = Duration::from_millis(200);
-/// A busy log wakes the loop with every batch; one round in this time is enough.
+/// A busy log wakes the loops with every batch; one round in this time is enough.
 const BREATH: Duration = Duration::from_millis(10);
+/// A look in vain costs the more the more hosts there are, where machines wait for room that none has: looking takes this part
+/// of the time, and not more.
+const IN_VAIN: u32 = 10;
+/// Of a long plan this many commands are in the log's queue together, so that what others ask for waits for these at most.
+const AT_ONCE: usize = 1024;
 
 /// Nodes are watched this often, also when a busy log wakes the loop more often: what is watched for takes seconds.
 const WATCH: Duration = Duration::from_millis(100);
@@ -42,7 +47,8 @@ pub(crate) async fn lead(core: Arc<Core>) {
         };
         tokio::select! {
             () = term_ended => tracing::info!(term, "this controller no longer leads"),
-            () = plan_on(&core, term) => {}
+            () = watch(&core, term) => {}
+            () = work(&core, term) => {}
             () = confirm(&core) => {}
             () = keep::keep(&core) => {}
             () = step_aside(&core, &mut stepped_aside) => {}
@@ -79,27 +85,41 @@ async fn step_aside(core: &Core, last: &mut Option<Instant>) {
     }
 }
 
-async fn plan_on(core: &Core, term: u64) {
-    let mut applied = core.replica.watch_applied();
+/// Hosts, and what must not wait for the placements of a burst.
+async fn watch(core: &Core, term: u64) {
     let mut watched = Instant::now() - WATCH;
+    let look = |state: &State, ears: &Telemetry, now| {
+        let mut commands = plan::press(state, now);
+        if watched.elapsed() >= WATCH {
+            watched = Instant::now();
+            commands.extend(plan::watch(state, ears));
+        }
+        commands
+    };
+    plan_on(core, term, look).await;
+}
+
+async fn work(core: &Core, term: u64) {
+    plan_on(core, term, plan::work).await;
+}
+
+async fn plan_on(core: &Core, term: u64, mut look: impl FnMut(&State, &Telemetry, Timestamp) -> Vec<Command>) {
+    let mut applied = core.replica.watch_applied();
     loop {
         applied.borrow_and_update();
-        let watch = watched.elapsed() >= WATCH;
-        if watch {
-            watched = Instant::now();
+        let (now, began) = (core.replica.now(), Instant::now());
+        let mut commands = core.replica.read(|state| core.hear(|ears| look(state, ears, now)));
+        let in_vain = if commands.is_empty() { began.elapsed() } else { Duration::ZERO };
+        while !commands.is_empty() {
+            let later = commands.split_off(commands.len().min(AT_ONCE));
+            let proposed = join_all(commands.into_iter().map(|command| propose(core, term, command))).await;
+            commands = later;
+            if proposed.iter().any(|done| !done) {
+                sleep(TICK).await;
+                break;
+            }
         }
-        let now = core.replica.now();
-        let commands = core.replica.read(|state| {
-            core.hear(|ears| match watch {
-                true => plan::plan(state, ears, now),
-                false => plan::work(state, ears, now),
-            })
-        });
-        let proposed = join_all(commands.into_iter().map(|command| propose(core, term, command))).await;
-        if proposed.iter().any(|done| !done) {
-            sleep(TICK).await;
-        }
-        sleep(BREATH).await;
+        sleep(BREATH.max(IN_VAIN * in_vain)).await;
         // Time passing is as good a reason to plan as a change.
         let _ = timeout(TICK, applied.changed()).await;
     }

@@ -12,6 +12,7 @@ mod admit;
 mod bells;
 mod config;
 mod core;
+mod door;
 mod dump;
 mod enrol;
 mod found;

@@ -18,18 +18,19 @@ use api::{
 };
 use model::Telemetry;
 use raft::Replica;
-use tokio::net::{TcpListener, UdpSocket, UnixListener};
-use tokio_stream::wrappers::UnixListenerStream;
-use tonic::transport::{
-    Server,
-    server::{Router, TcpIncoming},
+use tokio::{
+    net::{TcpListener, UdpSocket, UnixListener},
+    runtime::{Handle, Runtime},
+    sync::Semaphore,
 };
+use tonic::transport::{Server, server::Router};
 
 use crate::{
     admit::Admission,
     bells::{self, Bells},
     config::{Config, random},
-    core::Core,
+    core::{Core, TURNS},
+    door,
     found::replica_config,
     hear, lead,
     probe::{self, Probes},
@@ -47,6 +48,10 @@ const DRAIN: Duration = Duration::from_secs(2);
 /// An image upload at 10 Gbit/s and 1 ms has about 1.25 MB in flight.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// One may be applying a batch and another writing it, and there is still one that answers.
+const QUORUM_THREADS: usize = 3;
+/// A thread that hangs on a disk is left behind.
+const LAST_THREADS: Duration = Duration::from_secs(5);
 /// Calls that one connection may have open; more wait in the client.
 const CALLS_PER_CONNECTION: u32 = 2048;
 
@@ -78,7 +83,9 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
     let udp =
         UdpSocket::bind(config.listen).await.with_context(|| format!("cannot listen on {} (UDP)", config.listen))?;
     let unix = unix_listener(&args.data)?;
-    let replica = Replica::open(replica_config(&config, args.data.clone(), &identity)).await?;
+    let quorum = QuorumThreads::start()?;
+    let opening = Replica::open(replica_config(&config, args.data.clone(), &identity));
+    let replica = quorum.handle().spawn(opening).await??;
     let core = Arc::new(Core {
         replica,
         authority,
@@ -86,6 +93,7 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
         ears: Mutex::new(Telemetry::default()),
         probes: Probes::default(),
         bells: Bells::default(),
+        turns: Semaphore::new(TURNS),
         leader: Mutex::default(),
     });
 
@@ -94,10 +102,13 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
         // The sender lives until the end of `run`; losing it means the same.
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    let incoming = TcpIncoming::from(tcp).with_nodelay(Some(true));
-    let over_tcp = router(&core)?.serve_with_incoming_shutdown(incoming, until(stopped.clone()));
-    let over_unix = router(&core)?.serve_with_incoming_shutdown(UnixListenerStream::new(unix), until(stopped));
-    let servers = tokio::spawn(async move { tokio::try_join!(over_tcp, over_unix) });
+    let acceptor = tls::acceptor(&core.identity)?;
+    let (peers, others) = door::open(tcp, &acceptor, quorum.handle().clone(), until(stopped.clone()));
+    let unix = door::open_unix(unix, &acceptor, until(stopped.clone()));
+    let for_peers = quorum.handle().spawn(router(&core).serve_with_incoming_shutdown(peers, until(stopped.clone())));
+    let over_tcp = router(&core).serve_with_incoming_shutdown(others, until(stopped.clone()));
+    let over_unix = router(&core).serve_with_incoming_shutdown(unix, until(stopped));
+    let servers = tokio::spawn(async move { tokio::join!(over_tcp, over_unix, for_peers) });
     let nonce = u64::from_le_bytes(random()?[..8].try_into().context("eight of 32 bytes")?) | 1;
     tokio::spawn(hear::listen(core.clone(), udp, nonce));
     tokio::spawn(lead::lead(core.clone()));
@@ -119,8 +130,40 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
     // Sessions with agents are open without end; what is not done within the drain is broken off.
     let _ = stop.send(true);
     let _ = tokio::time::timeout(DRAIN, servers).await;
+    quorum.stop().await;
     tracing::info!("stopped");
     fenced.map_or(Ok(()), |fenced| bail!("{fenced}"))
+}
+
+/// The threads of consensus: ten thousand hosts that all want something must not come between its messages.
+struct QuorumThreads(Option<Runtime>);
+
+impl QuorumThreads {
+    fn start() -> Result<Self> {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(QUORUM_THREADS).thread_name("quorum").enable_all().build();
+        Ok(Self(Some(runtime.context("cannot start the quorum's threads")?)))
+    }
+
+    fn handle(&self) -> &Handle {
+        self.0.as_ref().expect("it is taken at the end only").handle()
+    }
+
+    async fn stop(mut self) {
+        let Some(runtime) = self.0.take() else { return };
+        // As for the other threads: RocksDB must be closed before the process ends.
+        let stopped = tokio::task::spawn_blocking(|| runtime.shutdown_timeout(LAST_THREADS)).await;
+        stopped.unwrap_or_else(|error| tracing::warn!(%error, "the quorum's threads were not stopped"));
+    }
+}
+
+impl Drop for QuorumThreads {
+    fn drop(&mut self) {
+        // After an error nothing is waited for.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// What says why this controller may never run again from its directory.
@@ -143,13 +186,11 @@ fn remember_fence(data: &Path, why: &str) -> Result<()> {
     Ok(std::fs::File::open(data)?.sync_all()?)
 }
 
-fn router(core: &Arc<Core>) -> Result<Router> {
+fn router(core: &Arc<Core>) -> Router {
     let service = TrefoilServer::new(Service { core: core.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES);
     let admission = JoinServer::new(Admission { core: core.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES);
     let sessions = NodeSessionServer::new(Sessions { core: core.clone() }).max_decoding_message_size(MAX_FRAME_BYTES);
-    Ok(Server::builder()
-        .tls_config(tls::server_tls(&core.identity))?
-        .tcp_nodelay(true)
+    Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(CALLS_PER_CONNECTION)
@@ -158,7 +199,7 @@ fn router(core: &Arc<Core>) -> Result<Router> {
         .add_service(service)
         .add_service(admission)
         .add_service(sessions)
-        .add_service(core.replica.service()))
+        .add_service(core.replica.service())
 }
 
 /// `DATA/api.sock` speaks the same as the TCP port, tokens and all, so anybody on the machine may connect to it.

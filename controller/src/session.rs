@@ -177,6 +177,9 @@ impl Session {
         }
         let mut sent = None;
         loop {
+            // First room, then a turn: who is slow to read must not hold up others.
+            let Ok(room) = down.reserve().await else { return "the agent hung up".into() };
+            let turn = self.core.turns.acquire().await;
             let current = self.core.replica.read(|state| {
                 let node = state.nodes().get(&self.node)?;
                 // After a refounding the host speaks first: what it holds may be newer than what is known here.
@@ -190,12 +193,11 @@ impl Session {
                 Some((incarnation, _)) if incarnation != self.incarnation => return "a newer session took over".into(),
                 Some((_, Some(assignment))) => {
                     sent = Some(assignment.generation);
-                    if !tell(&down, &ToAgent::Assignment(Box::new(assignment))).await {
-                        return "the agent hung up".into();
-                    }
+                    room.send(frame(&ToAgent::Assignment(Box::new(assignment))));
                 }
-                Some((_, None)) => {}
+                Some((_, None)) => drop(room),
             }
+            drop(turn);
             let now = self.beat_targets();
             if now != targets {
                 targets = now;
@@ -218,7 +220,11 @@ impl Session {
 }
 
 async fn tell(down: &Down, message: &ToAgent) -> bool {
-    down.send(Ok(Frame { body: encode(message).into() })).await.is_ok()
+    down.send(frame(message)).await.is_ok()
+}
+
+fn frame(message: &ToAgent) -> Result<Frame, Status> {
+    Ok(Frame { body: encode(message).into() })
 }
 
 async fn next(up: &mut Streaming<Frame>) -> Result<Option<FromAgent>, Status> {

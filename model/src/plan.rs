@@ -19,10 +19,10 @@ use idlest::Idlest;
 /// What one planner proposes at once: enough to keep the log busy, few enough to re-plan on fresh facts soon.
 const BATCH: usize = 256;
 
-/// Machines that one plan places: more than the log takes in the time that ranking ten thousand nodes takes.
-const PLACED: usize = 1024;
+/// Machines that one plan places: so many that ranking ten thousand nodes, once a plan, costs less than they do.
+const PLACED: usize = 8192;
 /// Machines that wait whom one plan looks at: beyond those for whom there is no room, smaller ones may find some.
-const LOOKED_AT: usize = 16 * PLACED;
+const LOOKED_AT: usize = 2 * PLACED;
 
 /// A node that lost its copy of an image, or could not get it, is asked again after this time when no other can hold
 /// it: whatever ailed it (a full disk, a bad one) has had time to be seen to.
@@ -38,6 +38,7 @@ const ALL_BLAMED_AFTER_NANOS: u64 = 10 * BLAMED_AFTER_NANOS;
 /// Everything that should be proposed at `now` (the leader's wall clock).
 pub fn plan(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
     let mut commands = watch(state, telemetry);
+    commands.extend(press(state, now));
     commands.extend(work(state, telemetry, now));
     commands
 }
@@ -49,12 +50,17 @@ pub fn watch(state: &State, telemetry: &Telemetry) -> Vec<Command> {
     commands.into_iter().map(Command::Planner).collect()
 }
 
-/// What there is to do. Looks at what waits only.
-pub fn work(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
+/// What must not wait for other work: machines on lost nodes, and deadlines. Looks at those only.
+pub fn press(state: &State, now: Timestamp) -> Vec<Command> {
     let mut commands = recover(state);
     commands.extend(due(state, now));
+    commands.into_iter().map(Command::Planner).collect()
+}
+
+/// What else there is to do. Looks at what waits only.
+pub fn work(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Command> {
     let mut idlest = Idlest::new(state, telemetry);
-    commands.extend(place(state, &mut idlest));
+    let mut commands = place(state, &mut idlest);
     commands.extend(moves::drain(state, now, &mut idlest));
     // Room that this plan gives to machines is not known to be taken yet, and machines come first.
     commands.extend(rehearsal::rehearse(state, telemetry, now, !idlest.has_promised()));

@@ -256,7 +256,7 @@ fn wished(vm: &Vm) -> impl PartialEq {
 
 /// Persistence: changed rows out, all rows in.
 impl State {
-    /// The rows that changed since the last call; from here on the hash covers them.
+    /// The rows that changed since the last call, as they are now; from here on the hash covers them.
     pub fn drain_changes(&mut self) -> Vec<RowChange> {
         let mut changes = Vec::new();
         macro_rules! drain {

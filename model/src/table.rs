@@ -20,6 +20,9 @@ pub struct RowChange {
 pub struct Table<K, V> {
     number: u8,
     rows: BTreeMap<K, Held<V>>,
+    /// Since the last `note`, in the order in which they changed.
+    fresh: Vec<K>,
+    /// Before that, since the last `drain`.
     changed: BTreeSet<K>,
 }
 
@@ -39,12 +42,9 @@ pub struct LoadError {
 
 impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOwned> Table<K, V> {
     pub(crate) fn new(number: u8) -> Self {
-        Self { number, rows: BTreeMap::new(), changed: BTreeSet::new() }
+        Self { number, rows: BTreeMap::new(), fresh: Vec::new(), changed: BTreeSet::new() }
     }
 
-    pub(crate) fn number(&self) -> u8 {
-        self.number
-    }
     pub fn get<Q: Ord + ?Sized>(&self, key: &Q) -> Option<&V>
     where
         K: Borrow<Q>,
@@ -71,7 +71,7 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
     }
 
     pub(crate) fn put(&mut self, key: K, row: V) -> Option<V> {
-        self.changed.insert(key.clone());
+        self.fresh.push(key.clone());
         match self.rows.get_mut(&key) {
             Some(held) => Some(std::mem::replace(&mut held.row, row)),
             None => {
@@ -84,7 +84,7 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
     /// Changes a row in place; `None` when there is no such row.
     pub(crate) fn update<T>(&mut self, key: &K, change: impl FnOnce(&mut V) -> T) -> Option<T> {
         let held = self.rows.get_mut(key)?;
-        self.changed.insert(key.clone());
+        self.fresh.push(key.clone());
         Some(change(&mut held.row))
     }
 
@@ -92,11 +92,24 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
     pub(crate) fn remove(&mut self, key: &K, state_hash: &mut u128) -> Option<V> {
         let held = self.rows.remove(key)?;
         *state_hash = state_hash.wrapping_sub(held.hash);
-        self.changed.insert(key.clone());
+        self.fresh.push(key.clone());
         Some(held.row)
     }
 
+    /// Shows each row that changed since the last call, once, in the order of keys; `None` when it is gone.
+    pub(crate) fn note(&mut self, mut show: impl FnMut(&K, Option<&V>)) {
+        if self.fresh.len() > 1 {
+            self.fresh.sort_unstable();
+            self.fresh.dedup();
+        }
+        for key in self.fresh.drain(..) {
+            show(&key, self.rows.get(&key).map(|held| &held.row));
+            self.changed.insert(key);
+        }
+    }
+
     pub(crate) fn drain(&mut self, changes: &mut Vec<RowChange>, state_hash: &mut u128) {
+        self.changed.extend(self.fresh.drain(..));
         for key in std::mem::take(&mut self.changed) {
             let encoded_key = encode(&key);
             let row = self.rows.get_mut(&key).map(|held| {
@@ -122,6 +135,7 @@ impl<K: Ord + Clone + Serialize + DeserializeOwned, V: Serialize + DeserializeOw
 
     /// After a load, what the default state had put is no change any more.
     pub(crate) fn settle(&mut self) {
+        self.fresh.clear();
         self.changed.clear();
     }
 

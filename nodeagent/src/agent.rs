@@ -181,6 +181,7 @@ pub async fn run_in(
         incarnation: watch::Sender::new(0),
         beat_targets: watch::Sender::new(known.clone()),
     };
+    let (leads, leader) = watch::channel(None);
     let session = Session {
         identity: member.identity.clone(),
         controllers: [config.controllers, known].concat(),
@@ -192,6 +193,7 @@ pub async fn run_in(
         epoch: EpochMark::open(&config.data)?,
         outbox: outbox.clone(),
         heard: heard.clone(),
+        leader,
     };
     let beats = Beats {
         node: member.node,
@@ -200,6 +202,7 @@ pub async fn run_in(
         leases: leases.clone(),
         incarnation: heard.incarnation.subscribe(),
         targets: heard.beat_targets.subscribe(),
+        leader: leads,
     };
     let executor = Executor::new(host.clone(), outbox.clone(), journal);
     let listener =

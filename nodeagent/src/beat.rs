@@ -46,6 +46,8 @@ pub struct Beats {
     pub leases: Arc<Leases>,
     pub incarnation: watch::Receiver<u64>,
     pub targets: watch::Receiver<Vec<String>>,
+    /// Told with each answer of a controller that leads.
+    pub leader: watch::Sender<Option<SocketAddr>>,
 }
 
 struct Target {
@@ -163,6 +165,9 @@ impl Beats {
         let answers = (target.answered + 1..=last_seq).contains(&ack.seq);
         if answers {
             target.answer(&ack);
+            if ack.leader {
+                self.leader.send_replace(Some(target.address));
+            }
         }
         answers
     }

@@ -13,7 +13,12 @@
 //!
 //! A lost session stops nothing on the host. Deliberately not here: what to do about an assignment.
 
-use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use api::{
     client::LEADER_KEY,
@@ -42,6 +47,9 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
 /// controller, so a short pause hurts nobody.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// After a session was lost a beat's answer tells within this who leads now. To ask each controller instead costs a handshake
+/// each, and every host of the cloud asks at the same moment.
+const NEWS: Duration = Duration::from_secs(1);
 /// A session that ended sooner was no success: each costs the quorum a log entry, so they must not follow at once.
 const SETTLED_MILLIS: u64 = 3_000;
 /// An alert that is still true is repeated this often.
@@ -76,6 +84,8 @@ pub struct Session {
     pub epoch: EpochMark,
     pub outbox: Arc<Outbox>,
     pub heard: Heard,
+    /// The controller that said last that it leads, in its answer to a heartbeat.
+    pub leader: watch::Receiver<Option<SocketAddr>>,
 }
 
 /// Why a session is over, or never began.
@@ -100,12 +110,17 @@ impl fmt::Display for End {
 
 impl Session {
     /// Keeps a session with the leader for as long as it is polled.
-    pub async fn keep(self) {
+    pub async fn keep(mut self) {
         let mut pause = FIRST_PAUSE;
         let (mut lost_at, mut alert_at) = (clock::boottime_millis(), 0);
         loop {
             let begun = clock::boottime_millis();
             let led = self.round().await;
+            if led {
+                self.leader.mark_unchanged();
+                // Without news every controller is asked.
+                let _ = timeout(NEWS, self.leader.changed()).await;
+            }
             let now = clock::boottime_millis();
             if led {
                 (lost_at, alert_at) = (now, 0);
@@ -124,13 +139,13 @@ impl Session {
         }
     }
 
-    /// Tries each controller once, a named leader first; true when one of them was the leader.
+    /// Tries each controller once, who is known to lead first; true when one of them was the leader.
     async fn round(&self) -> bool {
         let Some(hello) = self.hello().await else { return false };
         let mut candidates: Vec<String> = self.heard.beat_targets.borrow().clone();
         candidates.extend(self.controllers.iter().cloned());
         let mut tried: Vec<String> = Vec::new();
-        let mut hint: Option<String> = None;
+        let mut hint = self.leader.borrow().map(|leader| leader.to_string());
         while let Some(endpoint) = hint.take().or_else(|| candidates.pop()) {
             if tried.contains(&endpoint) {
                 continue;

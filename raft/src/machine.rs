@@ -144,12 +144,14 @@ impl Machine {
                 let index = entry.log_id.index;
                 let outcome = apply_entry(&mut view, entry, &mut batch)?;
                 self.fail(understood(&view.state, self.shared.knows))?;
-                gathered.add(index, &mut view.state);
+                gathered.note(index, &mut view.state);
                 if index.is_multiple_of(HASH_EVERY) {
+                    gathered.take_rows(&mut view.state);
                     hashes.push(HashAt { index, hash: view.state.hash() });
                 }
                 answers.extend(responder.map(|responder| (responder, outcome)));
             }
+            gathered.take_rows(&mut view.state);
             batch.hash = view.state.hash();
             view.applied = Some(applied);
         }

@@ -22,7 +22,7 @@ use openraft::{
         VoteRequest, VoteResponse,
     },
 };
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Request, Status,
@@ -69,6 +69,7 @@ pub enum Lane {
 pub struct Peers {
     tls: ClientTlsConfig,
     epoch: u64,
+    runtime: Handle,
     /// Told when a peer refuses because it is of a later cluster epoch.
     fenced: watch::Sender<Option<Fenced>>,
     channels: Arc<Mutex<Channels>>,
@@ -87,8 +88,9 @@ pub enum CallError {
 }
 
 impl Peers {
+    /// Its connections live on the runtime that it is made on.
     pub fn new(tls: ClientTlsConfig, epoch: u64, fenced: watch::Sender<Option<Fenced>>) -> Self {
-        Self { tls, epoch, fenced, channels: Arc::default() }
+        Self { tls, epoch, runtime: Handle::current(), fenced, channels: Arc::default() }
     }
 
     /// A message that says of which cluster epoch its sender is.
@@ -128,7 +130,9 @@ impl Peers {
         let channel = match channels.get(&(id, lane)) {
             Some((known, channel)) if known == address => channel.clone(),
             _ => {
-                let channel = self.endpoint(address)?.connect_lazy();
+                // Who calls first may be anybody; the connection lives where the replica does.
+                let _here = self.runtime.enter();
+                let channel = self.endpoint(id, address)?.connect_lazy();
                 channels.insert((id, lane), (address.to_owned(), channel.clone()));
                 channel
             }
@@ -138,7 +142,8 @@ impl Peers {
             .max_encoding_message_size(MAX_FRAME_BYTES))
     }
 
-    fn endpoint(&self, address: &str) -> Result<Endpoint, Status> {
+    /// It asks for the controller by its name, and by that comes in at the quorum's own door.
+    fn endpoint(&self, id: u64, address: &str) -> Result<Endpoint, Status> {
         let bad = |error: tonic::transport::Error| Status::invalid_argument(format!("address '{address}': {error}"));
         let endpoint = Endpoint::from_shared(format!("https://{address}")).map_err(bad)?;
         endpoint
@@ -149,7 +154,7 @@ impl Peers {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .tls_config(self.tls.clone())
+            .tls_config(self.tls.clone().domain_name(ControllerId(id).to_string()))
             .map_err(bad)
     }
 }

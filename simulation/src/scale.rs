@@ -23,6 +23,8 @@ const A_TENANT: u64 = 100;
 const BATCH: usize = 512;
 /// Asked this often, to have a median of something short.
 const LOOKS: usize = 21;
+/// As the leader's loop has it.
+const WATCH: Duration = Duration::from_millis(100);
 const HOUR: u64 = 3_600_000;
 const SMALL: Capacity = Capacity { vcpus: 1, memory_bytes: 1 << 30, disk_bytes: 10 << 30 };
 
@@ -188,12 +190,19 @@ impl Cloud {
         }
     }
 
-    /// Decided and placed, a second.
+    /// Decided and placed, a second. Between two looks at all hosts the leader only looks for work; so here.
     fn place(&mut self, machines: u64) -> (f64, f64) {
         let (mut deciding, mut placing, mut done) = (Duration::ZERO, Duration::ZERO, 0);
+        let mut watched = Instant::now() - WATCH;
         while done < machines {
             let now = self.now();
-            let (took, commands) = timed(|| plan::plan(&self.state, &self.telemetry, now));
+            let (took, commands) = timed(|| {
+                if watched.elapsed() < WATCH {
+                    return plan::work(&self.state, &self.telemetry, now);
+                }
+                watched = Instant::now();
+                plan::plan(&self.state, &self.telemetry, now)
+            });
             deciding += took;
             let before = done;
             let (took, ()) = timed(|| {

@@ -82,7 +82,7 @@ fn only_the_public_key_of_a_request_is_believed() {
     let cert_pem = ca.sign(csr.der(), "node-3").unwrap();
     let der = certificate_der(&cert_pem).unwrap();
     let (_, certificate) = x509_parser::parse_x509_certificate(&der).unwrap();
-    assert_eq!(common_name(&der).as_deref(), Some("node-3"));
+    assert_eq!(holder(&der).as_deref(), Some("node-3"));
     assert!(!certificate.is_ca() && !format!("{:?}", certificate.extensions()).contains("evil"));
 
     let mut broken = csr.der().to_vec();

@@ -2,13 +2,8 @@
 //!
 //! Only things that a list of the API shows. Not here: who watches, and how long changes are kept.
 
-use serde::de::DeserializeOwned;
-
 use super::State;
-use crate::{
-    ControllerId, ImageId, NetworkId, NodeId, Noun, TenantId, VmId,
-    table::{self, RowChange},
-};
+use crate::{Noun, TenantId};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
@@ -32,45 +27,27 @@ pub enum Owner {
 }
 
 impl State {
-    /// What a row that `drain_changes` gave out means; `None` for what no list shows.
-    pub fn change(&self, row: &RowChange) -> Option<Change> {
+    /// What changed since the last call. Called after each entry it tells what that entry changed, and costs no encoding of rows.
+    pub fn note_changes(&mut self) -> Vec<Change> {
+        let mut changes = Vec::new();
+        let mut tell = |noun, id, owner, present| changes.push(Change { noun, id, owner, present });
         let owned = |tenant: Option<TenantId>| tenant.map_or(Owner::Gone, Owner::Tenant);
-        let (noun, id, owner) = match row.table {
-            n if n == self.controllers.number() => {
-                (Noun::Controller, key::<ControllerId>(row)?.to_string(), Owner::Operators)
-            }
-            n if n == self.nodes.number() => (Noun::Node, key::<NodeId>(row)?.to_string(), Owner::Operators),
-            n if n == self.templates.number() => (Noun::Template, key::<String>(row)?, Owner::Everybody),
-            n if n == self.tenants.number() => {
-                let id = key::<TenantId>(row)?;
-                (Noun::Tenant, id.to_string(), Owner::Tenant(id))
-            }
-            n if n == self.users.number() => (Noun::User, key::<String>(row)?, Owner::Operators),
-            n if n == self.networks.number() => {
-                let id = key::<NetworkId>(row)?;
-                (Noun::Network, id.to_string(), owned(self.networks.get(&id).map(|network| network.tenant)))
-            }
-            n if n == self.images.number() => {
-                let id = key::<ImageId>(row)?;
-                (Noun::Image, id.to_string(), owned(self.images.get(&id).map(|image| image.tenant)))
-            }
-            n if n == self.vms.number() => {
-                let id = key::<VmId>(row)?;
-                (Noun::Vm, id.to_string(), owned(self.vms.get(&id).map(|vm| vm.tenant)))
-            }
-            n if n == self.tags.number() => {
-                let (tenant, name) = key::<(TenantId, String)>(row)?;
-                (Noun::Tag, name, Owner::Tenant(tenant))
-            }
-            n if n == self.settings.number() => (Noun::Setting, key::<String>(row)?, Owner::Everybody),
-            _ => return None,
-        };
-        Some(Change { noun, id, owner, present: row.row.is_some() })
+        self.controllers.note(|id, row| tell(Noun::Controller, id.to_string(), Owner::Operators, row.is_some()));
+        self.nodes.note(|id, row| tell(Noun::Node, id.to_string(), Owner::Operators, row.is_some()));
+        self.templates.note(|name, row| tell(Noun::Template, name.clone(), Owner::Everybody, row.is_some()));
+        self.tenants.note(|id, row| tell(Noun::Tenant, id.to_string(), Owner::Tenant(*id), row.is_some()));
+        self.users.note(|name, row| tell(Noun::User, name.clone(), Owner::Operators, row.is_some()));
+        self.networks.note(|id, row| {
+            tell(Noun::Network, id.to_string(), owned(row.map(|network| network.tenant)), row.is_some());
+        });
+        self.images.note(|id, row| {
+            tell(Noun::Image, id.to_string(), owned(row.map(|image| image.tenant)), row.is_some());
+        });
+        self.vms.note(|id, row| tell(Noun::Vm, id.to_string(), owned(row.map(|vm| vm.tenant)), row.is_some()));
+        self.tags.note(|(tenant, name), row| tell(Noun::Tag, name.clone(), Owner::Tenant(*tenant), row.is_some()));
+        self.settings.note(|name, row| tell(Noun::Setting, name.clone(), Owner::Everybody, row.is_some()));
+        changes
     }
-}
-
-fn key<K: DeserializeOwned>(row: &RowChange) -> Option<K> {
-    table::decode(&row.key).ok()
 }
 
 #[cfg(test)]
@@ -78,19 +55,24 @@ mod tests {
     use super::*;
     use crate::Tag;
 
+    /// The number of their table.
+    const TAGS: u8 = 10;
+
     #[test]
     fn a_row_says_what_it_is_of_and_whose() {
         let mut state = State::default();
         let tenant = TenantId(3);
         state.put_tag((tenant, "k".into()), Tag { value: "v".into(), version: 1 });
-        let seen = |state: &mut State| -> Vec<Change> {
-            let rows = state.drain_changes();
-            rows.iter().filter_map(|row| state.change(row)).collect()
-        };
         let tag = |present| Change { noun: Noun::Tag, id: "k".into(), owner: Owner::Tenant(tenant), present };
-        assert_eq!(seen(&mut state), [tag(true)]);
+        assert_eq!(state.note_changes(), [tag(true)]);
         state.drop_tag(&(tenant, "k".into()));
-        assert_eq!(seen(&mut state), [tag(false)]);
-        assert_eq!(seen(&mut state), []);
+        state.put_tag((tenant, "k".into()), Tag { value: "v".into(), version: 2 });
+        assert_eq!(state.note_changes(), [tag(true)], "once");
+        state.drop_tag(&(tenant, "k".into()));
+        assert_eq!(state.note_changes(), [tag(false)]);
+        assert_eq!(state.note_changes(), []);
+        let gone = state.drain_changes().into_iter().find(|row| row.table == TAGS);
+        assert_eq!(gone.expect("its row is drained all the same").row, None);
+        assert_eq!(state.drain_changes(), []);
     }
 }

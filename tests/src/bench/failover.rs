@@ -168,17 +168,26 @@ async fn write_until(mut store: Store, done: Arc<AtomicBool>) -> Vec<Instant> {
 pub async fn trefoil(cluster: &mut Cluster, kills: usize) -> anyhow::Result<Gaps> {
     let mut millis = Vec::new();
     for _ in 0..kills {
-        let stores = store::trefoil(cluster, cluster.size())?;
-        connect(&stores).await?;
-        let leader = cluster.leader().await.context("no leader to kill")?;
-        let killed = Instant::now();
-        cluster.kill(leader)?;
-        millis.push(first_acknowledgement(&stores, killed).await?);
-        cluster.restart(leader)?;
+        millis.push(kill_leader(cluster).await?);
         cluster.settled(PATIENCE).await?;
         tokio::time::sleep(REST).await;
     }
     Ok(Gaps { system: "trefoil", millis })
+}
+
+/// Milliseconds from the kill to the first acknowledged write; the controller is started again then.
+///
+/// # Errors
+/// When nobody leads.
+pub async fn kill_leader(cluster: &mut Cluster) -> anyhow::Result<f64> {
+    let stores = store::trefoil(cluster, cluster.size())?;
+    connect(&stores).await?;
+    let leader = cluster.leader().await.context("no leader to kill")?;
+    let killed = Instant::now();
+    cluster.kill(leader)?;
+    let millis = first_acknowledgement(&stores, killed).await?;
+    cluster.restart(leader)?;
+    Ok(millis)
 }
 
 /// # Errors

@@ -1,41 +1,39 @@
-//! Hosts that only beat: each has joined, holds a session with the leader and sends heartbeats, and starts nothing.
+//! Hosts with nothing behind them: each has joined, keeps a session with the leader and sends heartbeats. From [`Fleet::obey`] on
+//! each says of every machine that it is given that it is as it should be.
 //!
-//! What the controllers do for them is real. Many hosts fit in one process because nothing is behind them, so the
+//! What the controllers do for them is real. Many hosts fit in one process because they start nothing, so the
 //! cell tells what hosts cost the quorum, and nothing about agents.
 
 use std::{
-    net::{SocketAddr, UdpSocket},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicUsize, Ordering::Relaxed},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
-use api::{
-    beat::{self, Beat, BeatKey, MAX_DATAGRAM_BYTES, StatusPart},
-    client::{self, Joined},
-    proto::{Frame, node_session_client::NodeSessionClient},
-    session::{FromAgent, MAX_FRAME_BYTES, ToAgent, decode, encode},
-    tls::{Identity, client_tls, connect, make_key_and_csr},
-};
+use anyhow::Context;
+use futures::{StreamExt, TryStreamExt, stream};
 use jepsen::cluster::{Cluster, PATIENCE};
-use model::{Capacity, HypervisorKind, NodeId, telemetry::NodeStatus};
-use nix::time::{ClockId, clock_gettime};
+use model::Capacity;
 use serde::Serialize;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::{sync::watch, task::JoinSet};
 
-use super::LOOK_AGAIN;
+use self::{beats::Ear, host::Host};
+use super::until;
 
-/// Of all hosts together, to each controller: each beats twice a second.
+mod beats;
+mod host;
+
+/// Of each host, to each controller and second, as an agent does; but of all together no more than a thousand hosts send twice
+/// over: what ten thousand cost is measured by itself.
 const CALM: u64 = 2;
-/// Beats are sent in bursts this far apart; on a real network they come evenly, which costs more wake-ups.
-const BURST: Duration = Duration::from_millis(2);
-/// One beat in so many tells the host's status.
-const STATUS_EVERY: u64 = 10;
+const CALM_TOGETHER: u64 = 4_000;
+/// Hosts that join at the same time.
+const AT_ONCE: usize = 32;
+/// How often all hosts are looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// One controller under one rate of beats.
 #[derive(Debug, Serialize)]
@@ -48,26 +46,15 @@ pub struct Listening {
     pub core: f64,
 }
 
-struct Host {
-    node: NodeId,
-    key: BeatKey,
-    incarnation: u64,
-}
-
-/// What the thread that beats at one controller is told, and tells.
-#[derive(Default)]
-struct Ear {
-    per_second: AtomicU64,
-    answered: AtomicU64,
-    stop: AtomicBool,
-}
-
 pub struct Fleet {
-    hosts: Arc<Vec<Host>>,
+    hosts: Arc<Vec<Arc<Host>>>,
     ears: Vec<Arc<Ear>>,
     threads: Vec<JoinHandle<std::io::Result<()>>>,
-    /// A session lasts as long as what it could be told with.
-    sessions: Vec<mpsc::Sender<Frame>>,
+    obey: watch::Sender<bool>,
+    /// Who said last that it leads.
+    leader: Arc<AtomicUsize>,
+    /// Ends with the fleet.
+    _sessions: JoinSet<()>,
 }
 
 impl Fleet {
@@ -76,52 +63,68 @@ impl Fleet {
     /// # Errors
     /// When one is not let in.
     pub async fn attach(cluster: &Cluster, hosts: usize, capacity: Capacity) -> anyhow::Result<Self> {
-        let (mut known, mut sessions) = (Vec::new(), Vec::new());
-        for number in 0..hosts {
-            // Loopback addresses on which nobody listens: a controller that looks after a host leaves nothing.
-            let ip = format!("127.9.{}.{}", number / 250, number % 250 + 1);
-            let address = format!("{ip}:7471");
-            let request = make_key_and_csr()?;
-            let token = cluster.join_token("agent").await?;
-            let joined = client::join(&token, &name(number), &address, request.csr_der, PATIENCE).await?;
-            let Joined::Agent(reply) = joined else { bail!("the token is no agent's") };
-            let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec());
-            let identity = Identity {
-                ca_pem: text(&reply.ca_pem)?,
-                cert_pem: text(&reply.certificate_pem)?,
-                key_pem: request.key_pem,
-            };
-            let hello = FromAgent::Hello {
-                version: env!("CARGO_PKG_VERSION").into(),
-                address,
-                underlay: ip.parse()?,
-                hypervisor: HypervisorKind::Simulated,
-                capacity,
-            };
-            let (session, incarnation) = session(cluster, &identity, &hello).await?;
-            let key = BeatKey::from_bytes(&reply.beat_key).context("a beat key has 32 bytes")?;
-            known.push(Host { node: NodeId(reply.id), key, incarnation });
-            sessions.push(session);
+        let operator = cluster.client()?;
+        let joining = stream::iter(0..hosts).map(|number| Host::join(&operator, number, capacity));
+        let mut hosts: Vec<Arc<Host>> = joining.buffer_unordered(AT_ONCE).try_collect().await?;
+        hosts.sort_by_key(|host| host.node);
+        let (obey, obeyed) = watch::channel(false);
+        let leader = Arc::new(AtomicUsize::new(cluster.leader().await.context("nobody leads")?));
+        let controllers: Arc<Vec<String>> = Arc::new((0..cluster.size()).map(|c| cluster.address(c).into()).collect());
+        let mut sessions = JoinSet::new();
+        for host in &hosts {
+            sessions.spawn(host.clone().keep_session(controllers.clone(), leader.clone(), obeyed.clone()));
         }
-        Ok(Self { hosts: Arc::new(known), ears: Vec::new(), threads: Vec::new(), sessions })
+        let fleet =
+            Self { hosts: Arc::new(hosts), ears: Vec::new(), threads: Vec::new(), obey, leader, _sessions: sessions };
+        fleet.in_session(PATIENCE + Duration::from_millis(10) * fleet.hosts.len() as u32).await?;
+        Ok(fleet)
     }
 
-    /// Of all hosts.
-    pub fn names(&self) -> impl Iterator<Item = String> {
-        (0..self.hosts.len()).map(name)
+    /// Waits until every host is in session.
+    ///
+    /// # Errors
+    /// When they are not within the patience.
+    pub async fn in_session(&self, patience: Duration) -> anyhow::Result<()> {
+        let all = || self.hosts.iter().all(|host| host.is_in_session());
+        until("every host is in session", patience, LOOK_AGAIN, async || all()).await
     }
 
-    /// From now on each host beats twice a second at every controller.
+    /// Waits until no host is in the session any more in which it was.
+    ///
+    /// # Errors
+    /// When they are not within the patience.
+    pub async fn in_new_session(&self, patience: Duration, since: &[u64]) -> anyhow::Result<()> {
+        let moved = || self.incarnations().iter().zip(since).all(|(now, before)| now > before);
+        until("every host is in a new session", patience, LOOK_AGAIN, async || moved()).await?;
+        self.in_session(patience).await
+    }
+
+    /// Of each host's last session.
+    pub fn incarnations(&self) -> Vec<u64> {
+        self.hosts.iter().map(|host| host.incarnation.load(Relaxed)).collect()
+    }
+
+    /// From now on each machine on these hosts is what it should be, and the quorum is told.
+    pub fn obey(&self) {
+        self.obey.send_replace(true);
+    }
+
+    /// Reports about machines that the quorum has acknowledged.
+    pub fn reported(&self) -> usize {
+        self.hosts.iter().map(|host| host.reported.load(Relaxed)).sum()
+    }
+
+    /// From now on each host beats at every controller.
     ///
     /// # Errors
     /// When a socket cannot be had.
     pub fn beat(&mut self, cluster: &Cluster) -> anyhow::Result<()> {
         for controller in 0..cluster.size() {
             let (target, hosts) = (cluster.address(controller).parse()?, self.hosts.clone());
-            let ear = Arc::new(Ear::default());
-            ear.per_second.store(CALM * hosts.len() as u64, Relaxed);
+            let (ear, leader) = (Arc::new(Ear { controller, ..Ear::default() }), self.leader.clone());
+            ear.per_second.store((CALM * hosts.len() as u64).min(CALM_TOGETHER), Relaxed);
             self.ears.push(ear.clone());
-            self.threads.push(std::thread::spawn(move || beat_at(target, &hosts, &ear)));
+            self.threads.push(std::thread::spawn(move || beats::beat_at(target, &hosts, &ear, &leader)));
         }
         Ok(())
     }
@@ -170,106 +173,5 @@ impl Drop for Fleet {
             // What it had to say was said when it mattered: no beat was answered.
             let _ = thread.join();
         }
-        self.sessions.clear();
     }
-}
-
-fn name(number: usize) -> String {
-    format!("beat-{number}")
-}
-
-/// With whoever leads; another may before the session is open.
-async fn session(
-    cluster: &Cluster,
-    identity: &Identity,
-    hello: &FromAgent,
-) -> anyhow::Result<(mpsc::Sender<Frame>, u64)> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let leader = cluster.leader().await.context("nobody leads")?;
-        match open_session(cluster.address(leader), identity, hello).await {
-            Err(error) if Instant::now() > deadline => return Err(error),
-            Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
-            opened => return opened,
-        }
-    }
-}
-
-/// Opens a session with the leader and reads whatever comes; the incarnation that it was given.
-async fn open_session(
-    leader: &str,
-    identity: &Identity,
-    hello: &FromAgent,
-) -> anyhow::Result<(mpsc::Sender<Frame>, u64)> {
-    let channel = connect(leader, client_tls(identity))?;
-    let mut client = NodeSessionClient::new(channel).max_decoding_message_size(2 * MAX_FRAME_BYTES);
-    let (tell, told) = mpsc::channel(1);
-    tell.send(Frame { body: encode(hello).into() }).await?;
-    let mut answers = client.attach(ReceiverStream::new(told)).await?.into_inner();
-    let first = answers.message().await?.context("no welcome")?;
-    let ToAgent::Welcome { incarnation, .. } = decode(&first.body)? else { bail!("the first word was no welcome") };
-    tokio::spawn(async move { while let Ok(Some(_)) = answers.message().await {} });
-    Ok((tell, incarnation))
-}
-
-/// Beats of all hosts in turn at one controller, and its answers, until told to stop.
-fn beat_at(target: SocketAddr, hosts: &[Host], ear: &Ear) -> std::io::Result<()> {
-    let socket = UdpSocket::bind("127.0.0.1:0")?;
-    socket.connect(target)?;
-    socket.set_nonblocking(true)?;
-    let mut answer = [0; MAX_DATAGRAM_BYTES];
-    let (mut turn, mut nonce, mut owed, mut last) = (0_u64, 0, 0.0, Instant::now());
-    while !ear.stop.load(Relaxed) {
-        let now = Instant::now();
-        owed += now.duration_since(last).as_secs_f64() * ear.per_second.load(Relaxed) as f64;
-        last = now;
-        while owed >= 1.0 {
-            owed -= 1.0;
-            let host = &hosts[turn as usize % hosts.len()];
-            let datagram = next_beat(host, turn / hosts.len() as u64 + 1, nonce);
-            turn += 1;
-            // A full socket loses datagrams, as a network does.
-            let _ = socket.send(&datagram);
-        }
-        while let Ok(length) = socket.recv(&mut answer) {
-            ear.answered.fetch_add(1, Relaxed);
-            if nonce == 0
-                && let Some((_, node)) = beat::decode_header(&answer[..length])
-                && let Some(host) = hosts.iter().find(|host| host.node == node)
-                && let Ok(ack) = beat::decode_ack(&answer[..length], &host.key)
-            {
-                nonce = ack.nonce;
-            }
-        }
-        std::thread::sleep(BURST);
-    }
-    Ok(())
-}
-
-fn next_beat(host: &Host, seq: u64, nonce: u64) -> Vec<u8> {
-    let idle = NodeStatus {
-        cpu_permille: 50,
-        memory_used_bytes: 1 << 30,
-        memory_total_bytes: 64 << 30,
-        disk_used_bytes: 1 << 30,
-        disk_total_bytes: 1 << 40,
-        watchdog: false,
-    };
-    let status = (seq % STATUS_EVERY == 1 || seq < STATUS_EVERY).then(|| StatusPart {
-        node: idle,
-        part: 0,
-        parts: 1,
-        vms: Vec::new(),
-    });
-    let boottime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-    let message = Beat {
-        node: host.node,
-        incarnation: host.incarnation,
-        seq,
-        boottime_nanos: u64::try_from(boottime.as_nanos()).unwrap_or(u64::MAX),
-        nonce,
-        unanswered_millis: 0,
-        status,
-    };
-    beat::encode(&message, &host.key).expect("a beat with one short status fits")
 }

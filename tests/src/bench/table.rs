@@ -71,8 +71,11 @@ fn print_gaps(gaps: &Gaps) {
 
 fn print_growth(results: &Results) {
     let Some(growth) = &results.growth else { return };
-    println!("{} machines on {} hosts that only beat:", growth.machines, growth.hosts);
-    println!("  created {:>8.0}/s   hosts given {:>8.0}/s", growth.created_per_second, growth.placed_per_second);
+    println!("{} machines on {} hosts that start nothing:", growth.machines, growth.hosts);
+    println!(
+        "  hosts joined {:.0}/s   machines created {:.0}/s   given a host {:.0}/s   said to run {:.0}/s",
+        growth.joined_per_second, growth.created_per_second, growth.placed_per_second, growth.ran_per_second
+    );
     for Lists { writes_per_second, whole_millis, page_millis } in &growth.lists {
         for (what, Quantiles { p50, p99 }) in [("the whole list", whole_millis), ("a page of 100", page_millis)] {
             println!("  {what:<15} p50 {p50:>7.2}   p99 {p99:>7.2} ms, beside {writes_per_second:.0} writes/s");
@@ -93,6 +96,11 @@ fn print_growth(results: &Results) {
         );
     }
     println!("  resident memory of a member: {:.0} MiB", growth.resident_mib);
+    println!("  a follower that was killed is back in {:.1} s", growth.restart_seconds);
+    println!(
+        "  leader killed: next write {:.0} ms, last host in session with the next leader {:.1} s",
+        growth.failover.write_millis, growth.failover.sessions_seconds
+    );
     println!(
         "  a member with an empty disk joins in {:.1} s; longest time without a write meanwhile {:.0} ms",
         growth.joining.seconds, growth.joining.gap_millis

@@ -6,6 +6,10 @@ use clap::Parser;
 use jepsen::interrupt::asked_to_end;
 use tests::bench::{self, Settings, table};
 
+/// As the client program has it: its clients shall cost what they cost their users.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Measures a three-controller cloud beside a three-member etcd.
 #[derive(Parser)]
 struct Arguments {

@@ -54,8 +54,10 @@ async fn an_exclusive_machine_runs_while_leases_are_granted_and_an_agents_restar
         assignment.vms.clear();
         assignment.generation += 1;
     }
-    controller.grant(true);
+    let greeted = controller.hellos();
     controller.0.end.notify_one();
+    until("it has another session", || controller.hellos() > greeted).await;
+    controller.grant(true);
     until("it is set aside", || seen(&["start", "pause", "continue", "pause", "stop"])).await;
     assert!(std::fs::read_dir(dirs[0].path().join("quarantine")).unwrap().next().is_some(), "its disk is kept");
     agent.abort();
