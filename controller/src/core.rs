@@ -31,8 +31,6 @@ pub(crate) struct Core {
     pub leader: Mutex<Option<(ControllerId, MetadataValue<Ascii>)>>,
 }
 
-/// Assignments that are made at the same time.
-pub(crate) const TURNS: usize = 4;
 /// How long an answer waits for this replica to apply what the quorum committed.
 const CATCH_UP: Duration = Duration::from_secs(5);
 

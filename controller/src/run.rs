@@ -29,7 +29,7 @@ use crate::{
     admit::Admission,
     bells::{self, Bells},
     config::{Config, random},
-    core::{Core, TURNS},
+    core::Core,
     door,
     found::replica_config,
     hear, lead,
@@ -63,6 +63,11 @@ pub async fn run(args: RunArgs, shutdown: impl Future<Output = ()> + Send + 'sta
     boxed(args, Box::pin(shutdown)).await
 }
 
+/// Assignments that are made at the same time: with half of the machine's threads the other half does all else.
+fn turns() -> usize {
+    std::thread::available_parallelism().map_or(1, |threads| threads.get().div_ceil(2))
+}
+
 /// Without a type parameter the server is compiled, and optimised, in this crate and not in the program's.
 fn boxed(
     args: RunArgs,
@@ -93,7 +98,7 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
         ears: Mutex::new(Telemetry::default()),
         probes: Probes::default(),
         bells: Bells::default(),
-        turns: Semaphore::new(TURNS),
+        turns: Semaphore::new(turns()),
         leader: Mutex::default(),
     });
 

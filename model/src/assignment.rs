@@ -9,8 +9,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Capacity, Cidr, Digest, Image, ImageFormat, ImageId, Mac, MigrationStage, NetworkId, Node, NodeId, NodeState,
-    Recovery, ReplicaState, RequestId, State, Vm, VmId, Wanted,
+    Capacity, Cidr, Digest, Image, ImageFormat, ImageId, Mac, MigrationStage, NetworkId, Node, NodeId, Recovery,
+    ReplicaState, RequestId, State, Vm, VmId, Wanted,
 };
 
 /// Everything that a host should have. The agent refuses one whose generation is lower than one it has seen.
@@ -362,14 +362,13 @@ impl State {
         let wish = |(id, leases): (NetworkId, Vec<Lease>)| {
             let network = self.networks().get(&id)?;
             let hosts = self.index.network_nodes.get(&id).into_iter().flatten().map(|(host, _)| *host);
-            let peers = hosts.filter(|host| *host != node.id).filter_map(|host| self.nodes().get(&host));
-            // What a lost host sends is from machines that may be elsewhere by now.
-            let peers = peers.filter(|peer| peer.state != NodeState::Lost);
+            // Without lost hosts: what they send is from machines that may be elsewhere by now.
+            let peers = hosts.filter(|host| *host != node.id).filter_map(|host| self.index.underlays.get(&host));
             Some(NetworkWish {
                 network: id,
                 vni: network.vni,
                 range: network.range,
-                peers: peers.map(|peer| peer.underlay).collect(),
+                peers: peers.copied().collect(),
                 leases,
             })
         };

@@ -8,7 +8,7 @@ use api::{
     proto::{GetVmRequest, ListRequest, ListVmsRequest, Node, QuorumStatusReply, QuorumStatusRequest, Vm},
 };
 
-/// The largest page; a cloud with more machines or hosts is not one that is drilled with all of them.
+/// The largest page.
 const PAGE: u32 = 1000;
 
 /// `ask!(client, get_vm, body)`: the reply of a call that changes nothing.
@@ -45,8 +45,16 @@ pub async fn status_of(client: &Client, endpoint: usize, limit: Duration) -> Opt
 }
 
 pub async fn nodes(client: &Client) -> Result<Vec<Node>, ApiError> {
-    let body = ListRequest { limit: PAGE, ..ListRequest::default() };
-    Ok(ask!(client, list_nodes, body)?.nodes)
+    let (mut all, mut after) = (Vec::new(), String::new());
+    loop {
+        let body = ListRequest { limit: PAGE, after, ..ListRequest::default() };
+        let page = ask!(client, list_nodes, body)?;
+        all.extend(page.nodes);
+        if page.next.is_empty() {
+            return Ok(all);
+        }
+        after = page.next;
+    }
 }
 
 /// Of all tenants.

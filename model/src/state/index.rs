@@ -4,6 +4,7 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     iter,
+    net::IpAddr,
 };
 
 use super::State;
@@ -46,6 +47,8 @@ pub struct Index {
     /// Machines that want a host and may have one now, in the order in which they get it: by priority, then age.
     pub(crate) unplaced: BTreeSet<(Reverse<u8>, VmId)>,
     pub(crate) lost_nodes: BTreeSet<NodeId>,
+    /// Where tunnels to the other nodes end: asked for by the hundred for each host that a network of many gets or loses.
+    pub(crate) underlays: BTreeMap<NodeId, IpAddr>,
     /// When a deadline passes or a back-off ends.
     pub(crate) due: BTreeSet<(Timestamp, VmId)>,
     pub(crate) requests_by_age: BTreeSet<(Timestamp, RequestId)>,
@@ -98,8 +101,10 @@ impl Index {
         self.node_by_name.insert(row.name.clone(), row.id);
         if row.state == NodeState::Lost {
             self.lost_nodes.insert(row.id);
+            self.underlays.remove(&row.id);
         } else {
             self.lost_nodes.remove(&row.id);
+            self.underlays.insert(row.id, row.underlay);
         }
     }
     pub(super) fn add_request(&mut self, id: RequestId, row: &Remembered) {

@@ -144,6 +144,10 @@ async fn grow(cluster: &mut Cluster, root: &Path, settings: &Settings) -> anyhow
     }
     let watching = watchers::measure(cluster, settings.watchers).await?;
     eprintln!("  {} watchers: p99 {:.1} ms", watching.watchers, watching.p99_millis);
+    let restart_seconds = restart(cluster).await?;
+    eprintln!("  a follower is back after {restart_seconds:.1} s");
+    let joining = failover::join_anew(cluster).await?;
+    eprintln!("  a member with an empty disk: {joining:?}");
     let placed_per_second = place(&clients[0], machines).await?;
     eprintln!("  {placed_per_second:.0} placed a second");
     let ran_per_second = run(&fleet, machines).await?;
@@ -153,11 +157,8 @@ async fn grow(cluster: &mut Cluster, root: &Path, settings: &Settings) -> anyhow
         listening.extend(fleet.measure(cluster, per_second, time).await?);
     }
     let resident_mib = cluster.resident_bytes() as f64 / 1_048_576.0;
-    let restart_seconds = restart(cluster).await?;
-    eprintln!("  a follower is back after {restart_seconds:.1} s");
     let failover = fail_over(cluster, &fleet).await?;
     eprintln!("  leader killed: {failover:?}");
-    let joining = failover::join_anew(cluster).await?;
     Ok(Growth {
         machines,
         hosts,
