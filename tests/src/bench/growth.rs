@@ -146,8 +146,6 @@ async fn grow(cluster: &mut Cluster, root: &Path, settings: &Settings) -> anyhow
     eprintln!("  {} watchers: p99 {:.1} ms", watching.watchers, watching.p99_millis);
     let restart_seconds = restart(cluster).await?;
     eprintln!("  a follower is back after {restart_seconds:.1} s");
-    let joining = failover::join_anew(cluster).await?;
-    eprintln!("  a member with an empty disk: {joining:?}");
     let placed_per_second = place(&clients[0], machines).await?;
     eprintln!("  {placed_per_second:.0} placed a second");
     let ran_per_second = run(&fleet, machines).await?;
@@ -159,6 +157,8 @@ async fn grow(cluster: &mut Cluster, root: &Path, settings: &Settings) -> anyhow
     let resident_mib = cluster.resident_bytes() as f64 / 1_048_576.0;
     let failover = fail_over(cluster, &fleet).await?;
     eprintln!("  leader killed: {failover:?}");
+    let joining = failover::join_anew(cluster).await?;
+    eprintln!("  a member with an empty disk: {joining:?}");
     Ok(Growth {
         machines,
         hosts,
