@@ -119,7 +119,8 @@ async fn plan_on(core: &Core, term: u64, mut look: impl FnMut(&State, &Telemetry
                 break;
             }
         }
-        sleep(BREATH.max(IN_VAIN * in_vain)).await;
+        // Whoever was stopped in the middle of a look has looked long, and is needed soon.
+        sleep(BREATH.max(IN_VAIN * in_vain).min(TICK)).await;
         // Time passing is as good a reason to plan as a change.
         let _ = timeout(TICK, applied.changed()).await;
     }
