@@ -30,14 +30,20 @@ ldd "$busybox" >/dev/null 2>&1 && die "$busybox is not static: install the packa
 # ---- packages: downloaded once, only unpacked, never installed
 mkdir -p "$cache/deb" "$(dirname "$out")"
 exec 9>"$cache/lock"; flock 9
+download() { (cd "$cache/deb" && apt-get -qq -o APT::Sandbox::User=root download "$1"); }
+# Lists of some days ago name versions that are no longer there; only root can renew them.
+fetch() {
+  say "downloading $1"
+  download "$1" || { apt-get -qq update && download "$1"; } || die "cannot download $1: as root, apt-get update may help"
+}
 deb() { compgen -G "$cache/deb/$1" | sort | tail -1; }
 if [ -z "$(deb 'linux-image-*-cloud-amd64_*.deb')" ]; then
   kernel=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ {print $2; exit}')
   [ -n "$kernel" ] || die "apt knows no linux-image-cloud-amd64: run apt-get update"
-  say "downloading $kernel"; (cd "$cache/deb" && apt-get -qq -o APT::Sandbox::User=root download "$kernel")
+  fetch "$kernel"
 fi
 if [ -z "$(deb 'qemu-guest-agent_*.deb')" ]; then
-  say "downloading qemu-guest-agent"; (cd "$cache/deb" && apt-get -qq -o APT::Sandbox::User=root download qemu-guest-agent)
+  fetch qemu-guest-agent
 fi
 kernel_deb=$(deb 'linux-image-*-cloud-amd64_*.deb') agent_deb=$(deb 'qemu-guest-agent_*.deb')
 

@@ -6,7 +6,7 @@
 //! A reader is a number, not a queue: one that is slow costs nothing, and is told when the window has moved past it.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::{Mutex, PoisonError},
 };
 
@@ -16,8 +16,6 @@ use model::{
     table::RowChange,
 };
 
-/// No entry's index.
-const SUPERSEDED: u64 = u64::MAX;
 /// Changes that are kept: a minute at a thousand a second, in about ten megabytes.
 const KEPT: usize = 65_536;
 
@@ -115,34 +113,22 @@ impl Feed {
 #[derive(Default)]
 pub struct Gathered {
     changes: Vec<(u64, Change)>,
-    /// Where each host's change is among them. One machine's first step changes what all hosts of its network know of each
-    /// other, hundreds of times in a batch; only the last is worth telling.
-    nodes: HashMap<String, usize>,
     rows: Vec<RowChange>,
 }
 
 impl Gathered {
-    /// To be called after each entry, so that every change has its own index.
+    /// To be called after each entry: what is told is told entry by entry, so that it is the same on every replica, whose
+    /// batches differ.
     pub fn note(&mut self, index: u64, state: &mut State) {
-        state.note_changes().into_iter().for_each(|change| self.add(index, change));
+        self.changes.extend(state.note_changes().into_iter().map(|change| (index, change)));
     }
 
-    fn add(&mut self, index: u64, change: Change) {
-        if change.noun == Noun::Node
-            && let Some(earlier) = self.nodes.insert(change.id.clone(), self.changes.len())
-        {
-            self.changes[earlier].0 = SUPERSEDED;
-        }
-        self.changes.push((index, change));
-    }
-
-    /// Takes out the rows that changed since the last time, each as it is now: the hash of the state covers them then.
+    /// Takes out the rows that changed since the last time, each once and as it is now: the hash of the state covers them then.
     pub fn take_rows(&mut self, state: &mut State) {
         self.rows.append(&mut state.drain_changes());
     }
 
-    pub fn into_parts(mut self) -> (Vec<RowChange>, Vec<(u64, Change)>) {
-        self.changes.retain(|(index, _)| *index != SUPERSEDED);
+    pub fn into_parts(self) -> (Vec<RowChange>, Vec<(u64, Change)>) {
         (self.rows, self.changes)
     }
 }
@@ -211,25 +197,6 @@ mod tests {
         assert_eq!(ids(&feed.read(6, 9, |_| true).unwrap()), ["c", "d"]);
         feed.begin_again(&State::default(), 20);
         assert_eq!(feed.read(8, 1, |_| true), Err(Compacted { kept_after: 20 }));
-    }
-
-    #[test]
-    fn of_a_batch_each_host_is_told_once_and_everything_else_entry_by_entry() {
-        let change = |noun, id: &str| (noun, id.to_owned());
-        let mut gathered = Gathered::default();
-        let mut add = |index, noun, id: &str| {
-            let change = Change { noun, id: id.into(), owner: Owner::Operators, present: true };
-            gathered.add(index, change);
-        };
-        add(1, Noun::Node, "node-1");
-        add(1, Noun::Node, "node-2");
-        add(2, Noun::Tag, "a");
-        add(2, Noun::Node, "node-1");
-        add(3, Noun::Tag, "a");
-        let (_, changes) = gathered.into_parts();
-        let seen: Vec<_> = changes.iter().map(|(index, told)| (*index, change(told.noun, &told.id))).collect();
-        let expected = [(1, Noun::Node, "node-2"), (2, Noun::Tag, "a"), (2, Noun::Node, "node-1"), (3, Noun::Tag, "a")];
-        assert_eq!(seen, expected.map(|(index, noun, id)| (index, change(noun, id))));
     }
 
     #[test]
