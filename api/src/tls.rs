@@ -47,6 +47,10 @@ pub use crate::pem_file::TlsError;
 /// The DNS name that every certificate carries and every client asks for.
 pub const SERVER_NAME: &str = "trefoil";
 
+/// The name by which controllers ask for each other, and nobody else: it leads to the quorum's own door. Every certificate carries
+/// it, also that of a controller which has taken another's place and address.
+pub const PEER_NAME: &str = "localhost";
+
 /// How long one connection attempt may take, TCP and TLS each: hosts of one cloud are milliseconds apart, and a
 /// client has other controllers to try.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -319,7 +323,7 @@ fn check_pair(cert_pem: &str, key: &impl SigningKey) -> Result<(), TlsError> {
 
 fn leaf(identity: &str) -> Result<CertificateParams, TlsError> {
     let mut params = long_lived(identity);
-    for name in [identity, SERVER_NAME, "localhost"] {
+    for name in [identity, SERVER_NAME, PEER_NAME] {
         params.subject_alt_names.push(SanType::DnsName(name.try_into()?));
     }
     params.is_ca = IsCa::ExplicitNoCa;

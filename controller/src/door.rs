@@ -1,8 +1,8 @@
 //! Connections come in here: so many handshakes go on at a time, and no more; and the quorum has a door of its own.
 //!
 //! ```text
-//!   connect ──► whom does it ask for? ──┬── a controller by its name ──► handshake ──► the quorum's own threads
-//!                                       └── the cloud ──────────────────► handshake ──► everybody else's
+//!   connect ──► whom does it ask for? ──┬── a peer ────► handshake ──► the quorum's own threads
+//!                                       └── the cloud ──► handshake ──► everybody else's
 //! ```
 //! A handshake is the dearest thing that a stranger can ask for. After a failover every host of the cloud comes at once; were
 //! all of them let in together, each would wait for all others, give up and come again, and the quorum's messages
@@ -11,7 +11,7 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use api::tls::{HANDSHAKE_TIMEOUT, holder};
+use api::tls::{HANDSHAKE_TIMEOUT, PEER_NAME, holder};
 use model::ControllerId;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -98,7 +98,7 @@ async fn let_in(listener: TcpListener, peers: Arc<Door<TcpStream>>, others: Arc<
             let asked = timeout(HANDSHAKE_TIMEOUT, asked_name(&stream)).await;
             drop(caller);
             match asked {
-                Ok(Some(name)) if is_controller(&name) => {
+                Ok(Some(name)) if name == PEER_NAME => {
                     let Ok(stream) = stream.into_std() else { return };
                     quorum.spawn(async move {
                         if let Ok(stream) = TcpStream::from_std(stream) {
@@ -171,7 +171,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Door<S> {
             match shaken {
                 // The server is stopping when nobody takes it.
                 Ok(Ok(stream)) if welcome(&stream) => drop(done.send(Ok(stream)).await),
-                Ok(Ok(_)) => tracing::debug!("a stranger asked for a controller by its name"),
+                Ok(Ok(_)) => tracing::debug!("a stranger came to the door of controllers"),
                 Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
                 Err(_) => tracing::debug!("a handshake took too long"),
             }
@@ -237,15 +237,15 @@ mod tests {
     #[tokio::test]
     async fn controllers_have_a_door_of_their_own_and_nobody_else_comes_in_by_it() {
         let mut house = house(std::future::pending()).await;
-        let by_name = |tls: ClientTlsConfig| tls.domain_name("controller-1");
+        let as_peer = |tls: ClientTlsConfig| tls.domain_name(PEER_NAME);
         let _host = house.knock(client_tls(&house.identity("node-7")));
         let came = timeout(SOON, house.others.next()).await.unwrap().unwrap().unwrap();
         assert_eq!(holder_of(&came).as_deref(), Some("node-7"));
         for stranger in [client_tls(&house.identity("node-7")), client_tls_ca(&house.authority.ca_pem)] {
-            let _knocking = house.knock(by_name(stranger));
+            let _knocking = house.knock(as_peer(stranger));
             assert!(timeout(Duration::from_millis(300), house.peers.next()).await.is_err());
         }
-        let _peer = house.knock(by_name(client_tls(&house.identity("controller-2"))));
+        let _peer = house.knock(as_peer(client_tls(&house.identity("controller-2"))));
         let came = timeout(SOON, house.peers.next()).await.unwrap().unwrap().unwrap();
         assert_eq!(holder_of(&came).as_deref(), Some("controller-2"));
     }

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use api::tls::PEER_NAME;
 use futures::{Stream, StreamExt};
 use model::ControllerId;
 use openraft::{
@@ -132,7 +133,7 @@ impl Peers {
             _ => {
                 // Who calls first may be anybody; the connection lives where the replica does.
                 let _here = self.runtime.enter();
-                let channel = self.endpoint(id, address)?.connect_lazy();
+                let channel = self.endpoint(address)?.connect_lazy();
                 channels.insert((id, lane), (address.to_owned(), channel.clone()));
                 channel
             }
@@ -142,8 +143,7 @@ impl Peers {
             .max_encoding_message_size(MAX_FRAME_BYTES))
     }
 
-    /// It asks for the controller by its name, and by that comes in at the quorum's own door.
-    fn endpoint(&self, id: u64, address: &str) -> Result<Endpoint, Status> {
+    fn endpoint(&self, address: &str) -> Result<Endpoint, Status> {
         let bad = |error: tonic::transport::Error| Status::invalid_argument(format!("address '{address}': {error}"));
         let endpoint = Endpoint::from_shared(format!("https://{address}")).map_err(bad)?;
         endpoint
@@ -154,7 +154,7 @@ impl Peers {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .tls_config(self.tls.clone().domain_name(ControllerId(id).to_string()))
+            .tls_config(self.tls.clone().domain_name(PEER_NAME))
             .map_err(bad)
     }
 }
