@@ -1,19 +1,22 @@
 //! What flows in an agent's session (`NodeSession.Attach`), postcard-encoded in `Frame.body`.
 //!
-//! The agent opens with `Hello`; the controller answers `Welcome` with the incarnation of this session, then sends the
-//! whole `Assignment` whenever its generation rises. Reports carry a number; `Reported` answers after they are
+//! The agent opens with `Hello`; the controller answers `Welcome` with the incarnation of this session, then sends what is
+//! new of the assignment whenever its generation rises: `News` to an agent that says in the call's metadata that it
+//! understands them, and to others the whole `Assignment`. Reports carry a number; `Reported` answers after they are
 //! committed. A controller that is not the leader answers the call itself with a refusal that names the leader.
 
 use std::net::IpAddr;
 
 use model::{
-    Assignment, Capacity, Held, HypervisorKind, NodeSummary, VmId,
+    Assignment, Capacity, Held, HypervisorKind, News, NodeSummary, VmId,
     command::{BackupReport, ImageReport, MoveReport, RehearsalReport, VmReport},
 };
 use serde::{Deserialize, Serialize};
 
 /// The largest frame either side accepts.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
+/// Metadata of the call, with any value: the agent puts an assignment together from news.
+pub const NEWS_KEY: &str = "trefoil-news";
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromAgent {
@@ -66,6 +69,8 @@ pub enum ToAgent {
     Reported {
         number: u64,
     },
+    /// The first stand on nothing, each other one on those before.
+    News(Box<News>),
 }
 
 pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {

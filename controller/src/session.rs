@@ -5,7 +5,7 @@
 //!   agent ── Hello ──► leader: Attach enters the log ──► Welcome{incarnation}, Assignment
 //!         ── VmReports{n} ──► the log ──► Reported{n}
 //!         ── Stock, when the welcome asks for it, and only then:
-//!         ◄── Assignment whenever the node's generation rises
+//!         ◄── News whenever the node's generation rises; the whole Assignment to an agent that knows no news
 //! ```
 //! It ends when this controller no longer leads, when a newer session of the same node begins, or when either side
 //! breaks it; the agent then finds the leader again.
@@ -16,9 +16,9 @@ use api::{
     client::LEADER_KEY,
     error::ApiError,
     proto::{Frame, node_session_server::NodeSession},
-    session::{FromAgent, ToAgent, decode, encode},
+    session::{FromAgent, NEWS_KEY, ToAgent, decode, encode},
 };
-use model::{Actor, Command, NodeCommand, NodeId, NodeState, Rejection, Reply};
+use model::{Actor, Command, Known, NodeCommand, NodeId, NodeState, Rejection, Reply};
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -50,6 +50,7 @@ impl NodeSession for Sessions {
                 access::node_of(&self.core, &request)?
             }
         };
+        let known = request.metadata().contains_key(NEWS_KEY).then(Known::default);
         let mut up = request.into_inner();
         let hello = timeout(HELLO, next(&mut up)).await.map_err(|_| ApiError::invalid("no hello came in time"))??;
         let Some(FromAgent::Hello { version, address, underlay, hypervisor, capacity }) = hello else {
@@ -67,7 +68,7 @@ impl NodeSession for Sessions {
         let (down, frames) = mpsc::channel(FRAMES_AHEAD);
         let session = Session { core: self.core.clone(), node, incarnation };
         tokio::spawn(async move {
-            let why = session.run(up, down).await;
+            let why = session.run(up, down, known).await;
             tracing::warn!(%node, incarnation, why, "alert: the session with a node ended");
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(frames))))
@@ -95,10 +96,10 @@ struct Session {
 
 impl Session {
     /// Runs until either direction ends; says why.
-    async fn run(self, up: Streaming<Frame>, down: Down) -> String {
+    async fn run(self, up: Streaming<Frame>, down: Down, known: Option<Known>) -> String {
         tokio::select! {
             why = self.listen(up, down.clone()) => why,
-            why = self.speak(down.clone()) => why,
+            why = self.speak(down.clone(), known) => why,
             () = down.closed() => "the agent hung up".into(),
         }
     }
@@ -161,7 +162,8 @@ impl Session {
         }
     }
 
-    async fn speak(&self, down: Down) -> String {
+    /// An agent of which nothing is `known` is sent the whole each time.
+    async fn speak(&self, down: Down, mut known: Option<Known>) -> String {
         let bell = Bell::hang(&self.core, self.node, self.incarnation);
         let mut leadership = self.core.replica.watch_leadership();
         let mut targets = self.beat_targets();
@@ -185,16 +187,19 @@ impl Session {
                 // After a refounding the host speaks first: what it holds may be newer than what is known here.
                 let newer = sent.is_none_or(|sent| sent < node.generation) && !state.awaits(self.node);
                 let current = if node.state == NodeState::Lost { 0 } else { node.incarnation };
-                Some((current, newer.then(|| state.assignment(self.node)).flatten()))
+                let whole = || state.assignment(self.node).map(|whole| ToAgent::Assignment(Box::new(whole)));
+                let told = newer.then(|| match &mut known {
+                    Some(known) => state.news(self.node, known).map(|news| ToAgent::News(Box::new(news))),
+                    None => whole(),
+                });
+                sent = sent.max(newer.then_some(node.generation));
+                Some((current, told.flatten()))
             });
             match current {
                 None => return "the node was removed from the cloud".into(),
                 Some((0, _)) => return "the node was declared lost".into(),
                 Some((incarnation, _)) if incarnation != self.incarnation => return "a newer session took over".into(),
-                Some((_, Some(assignment))) => {
-                    sent = Some(assignment.generation);
-                    room.send(frame(&ToAgent::Assignment(Box::new(assignment))));
-                }
+                Some((_, Some(told))) => room.send(frame(&told)),
                 Some((_, None)) => drop(room),
             }
             drop(turn);

@@ -1,4 +1,4 @@
-//! What one host should be: the whole of it, numbered. Never a delta, never an order.
+//! What one host should be: the whole of it, numbered. Never an order. (`news` is how a session sends it.)
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,7 +32,7 @@ pub struct Assignment {
     pub spared: Option<BTreeSet<VmId>>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Power {
     Running,
     Suspended,
@@ -44,7 +44,7 @@ pub enum Power {
 }
 
 /// One machine on this host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct VmWish {
     pub vm: VmId,
     /// Log index of the placement.
@@ -75,7 +75,7 @@ pub struct VmWish {
 }
 
 /// A copy of its disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct BackupWish {
     pub number: u32,
     /// What was written since this backup is enough, where the host knows it. It need not: a full one is always right.
@@ -100,7 +100,7 @@ pub struct RehearsalWish {
 }
 
 /// Where a machine goes to, or comes from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MoveEnd {
     pub node: NodeId,
     /// `host:port` of its agent.
@@ -109,7 +109,7 @@ pub struct MoveEnd {
     pub epoch: u64,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct NicWish {
     pub network: NetworkId,
     pub vni: u32,
@@ -118,7 +118,7 @@ pub struct NicWish {
 }
 
 /// Bytes that the host should hold.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ImageWish {
     pub digest: Digest,
     pub format: ImageFormat,
@@ -131,7 +131,7 @@ pub struct ImageWish {
 }
 
 /// An image that another stands on. Its disk has the same length.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ParentWish {
     pub digest: Digest,
     pub size_bytes: u64,
@@ -167,7 +167,7 @@ pub struct NetworkWish {
     pub leases: Vec<Lease>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Lease {
     pub mac: Mac,
     pub ip: Ipv4Addr,
@@ -238,22 +238,38 @@ impl State {
     /// What the host should be, or `None` when there is no such host.
     pub fn assignment(&self, id: NodeId) -> Option<Assignment> {
         let node = self.nodes().get(&id)?;
-        let vms: Vec<&Vm> = self.vms_on_node(id).chain(self.others_on_node(id)).collect();
+        let vms = self.wished_vms(id);
+        let networks = self.leases(node, &vms).into_iter();
         Some(Assignment {
             cluster: self.cluster().id.clone(),
             node: id,
             incarnation: node.incarnation,
             generation: node.generation,
-            networks: self.network_wishes(node, &vms),
-            vms: vms.into_iter().filter_map(|vm| self.vm_wish(node, vm)).collect(),
+            networks: networks.filter_map(|(network, leases)| self.network_wish(node, network, leases)).collect(),
+            vms: self.vm_wishes(node, &vms),
             images: self.replica_wishes(node),
-            rehearsals: self.rehearsing_on(id).filter_map(|image| self.rehearsal_wish(node, image)).collect(),
+            rehearsals: self.rehearsal_wishes(node),
             spared: self.spared_on(id),
         })
     }
 
+    /// In the order of their ids.
+    pub(crate) fn wished_vms(&self, node: NodeId) -> Vec<&Vm> {
+        let mut vms: Vec<&Vm> = self.vms_on_node(node).chain(self.others_on_node(node)).collect();
+        vms.sort_unstable_by_key(|vm| vm.id);
+        vms
+    }
+
+    pub(crate) fn vm_wishes(&self, node: &Node, vms: &[&Vm]) -> Vec<VmWish> {
+        vms.iter().filter_map(|vm| self.vm_wish(node, vm)).collect()
+    }
+
+    pub(crate) fn rehearsal_wishes(&self, node: &Node) -> Vec<RehearsalWish> {
+        self.rehearsing_on(node.id).filter_map(|image| self.rehearsal_wish(node, image)).collect()
+    }
+
     /// What nobody knows and the host shall leave alone; `None` when nothing is open after a refounding.
-    fn spared_on(&self, node: NodeId) -> Option<BTreeSet<VmId>> {
+    pub(crate) fn spared_on(&self, node: NodeId) -> Option<BTreeSet<VmId>> {
         let open = self.quorum().refounding.as_ref()?;
         Some(open.orphans.get(&node).into_iter().flatten().map(|(vm, _)| *vm).collect())
     }
@@ -336,7 +352,7 @@ impl State {
     }
 
     /// One wish a digest, although several images may have the same bytes.
-    fn replica_wishes(&self, node: &Node) -> Vec<ImageWish> {
+    pub(crate) fn replica_wishes(&self, node: &Node) -> Vec<ImageWish> {
         let kept = self.index.images_by_node.get(&node.id).into_iter().flatten().filter_map(|id| self.images().get(id));
         let kept = kept.filter(|image| image.keepers().any(|keeper| keeper == node.id));
         let mut by_digest: BTreeMap<Digest, ImageWish> = BTreeMap::new();
@@ -349,7 +365,8 @@ impl State {
         by_digest.into_values().collect()
     }
 
-    fn network_wishes(&self, node: &Node, vms: &[&Vm]) -> Vec<NetworkWish> {
+    /// Of the machines here, by the networks that reach this host.
+    pub(crate) fn leases(&self, node: &Node, vms: &[&Vm]) -> BTreeMap<NetworkId, Vec<Lease>> {
         let mut leases: BTreeMap<NetworkId, Vec<Lease>> = BTreeMap::new();
         for vm in vms.iter().filter(|vm| vm.wanted != Wanted::Deleted) {
             let own = vm.placement.is_some_and(|placement| placement.node == node.id);
@@ -359,20 +376,15 @@ impl State {
                 leases.entry(nic.network).or_default().extend(own.then_some(lease));
             }
         }
-        let wish = |(id, leases): (NetworkId, Vec<Lease>)| {
-            let network = self.networks().get(&id)?;
-            let hosts = self.index.network_nodes.get(&id).into_iter().flatten().map(|(host, _)| *host);
-            // Without lost hosts: what they send is from machines that may be elsewhere by now.
-            let peers = hosts.filter(|host| *host != node.id).filter_map(|host| self.index.underlays.get(&host));
-            Some(NetworkWish {
-                network: id,
-                vni: network.vni,
-                range: network.range,
-                peers: peers.copied().collect(),
-                leases,
-            })
-        };
-        leases.into_iter().filter_map(wish).collect()
+        leases
+    }
+
+    pub(crate) fn network_wish(&self, node: &Node, id: NetworkId, leases: Vec<Lease>) -> Option<NetworkWish> {
+        let network = self.networks().get(&id)?;
+        // Without lost hosts: what they send is from machines that may be elsewhere by now.
+        let others = self.members(id).filter(|host| *host != node.id);
+        let peers = others.filter_map(|host| self.index.underlays.get(&host)).copied().collect();
+        Some(NetworkWish { network: id, vni: network.vni, range: network.range, peers, leases })
     }
 }
 

@@ -19,6 +19,7 @@ pub mod id;
 pub mod invariant;
 pub mod lease;
 pub mod level;
+pub mod news;
 pub mod noun;
 pub mod permit;
 pub mod plan;
@@ -35,6 +36,7 @@ pub use command::{
     Actor, Command, Entry, NodeCommand, Noun, OperatorCommand, PlannerCommand, Rejection, Reply, Request, TenantCommand,
 };
 pub use id::{ControllerId, ImageId, NetworkId, NodeId, RequestId, TenantId, VmId};
+pub use news::{Known, News};
 pub use noun::*;
 pub use state::State;
 pub use telemetry::{Heard, Telemetry};

@@ -345,7 +345,7 @@ impl State {
         if let Some(row) = self.nodes.remove(&id, &mut self.hash) {
             self.index.node_by_name.remove(&row.name);
             self.index.lost_nodes.remove(&id);
-            self.index.underlays.remove(&id);
+            self.index.set_underlay(id, None);
         }
     }
     pub(crate) fn put_network(&mut self, row: Network) {

@@ -120,7 +120,7 @@ impl FromStr for Cidr {
 }
 
 /// An amount of hardware: what a host has, what a machine takes, what a tenant may use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Capacity {
     pub vcpus: u64,
     pub memory_bytes: u64,

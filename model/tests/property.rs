@@ -114,6 +114,26 @@ proptest! {
         })?;
     }
 
+    /// As sessions ask for them: whenever a host's generation rises.
+    #[test]
+    fn news_make_the_assignment(dice in dice(ENTRIES)) {
+        let mut hosts: BTreeMap<NodeId, (Known, Option<Assignment>)> = BTreeMap::new();
+        run(&dice, |_, _, entry, _, after| {
+            for node in after.nodes().values() {
+                let (known, whole) = hosts.entry(node.id).or_default();
+                if whole.as_ref().is_some_and(|whole| whole.generation == node.generation) {
+                    continue;
+                }
+                let news = after.news(node.id, known).unwrap();
+                *whole = Some(news.onto(whole.as_ref()));
+                prop_assert_eq!(whole, &after.assignment(node.id), "after {:?}", entry);
+                let again = after.news(node.id, known).unwrap();
+                prop_assert!(again.vms.new.is_empty() && again.networks.new.is_empty() && again.images.new.is_empty());
+            }
+            Ok(())
+        })?;
+    }
+
     #[test]
     fn a_ghost_frees_its_name_and_keeps_its_address(dice in dice(ENTRIES)) {
         run(&dice, |_, _, _, _, after| {

@@ -7,7 +7,7 @@
 //!                          ├── Hello ──► Welcome{incarnation, where to beat, cluster epoch}
 //!                          ├── Stock, when it is asked for
 //!                          ├── reports ──► Reported
-//!                          ◄── Assignment, whole, whenever it changes
+//!                          ◄── what is new of the assignment, whenever it changes
 //!                          └── ended ──► start over, after a short pause
 //! ```
 //!
@@ -23,7 +23,7 @@ use std::{
 use api::{
     client::LEADER_KEY,
     proto::{Frame, node_session_client::NodeSessionClient},
-    session::{FromAgent, MAX_FRAME_BYTES, ToAgent, decode, encode},
+    session::{FromAgent, MAX_FRAME_BYTES, NEWS_KEY, ToAgent, decode, encode},
     tls::{Identity, client_tls, connect},
 };
 use model::{Assignment, Held, Phase};
@@ -32,7 +32,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming, metadata::MetadataValue};
 
 use crate::{
     clock,
@@ -116,14 +116,12 @@ impl Session {
         loop {
             let begun = clock::boottime_millis();
             let led = self.round().await;
-            if led {
-                self.leader.mark_unchanged();
-                // Without news every controller is asked.
-                let _ = timeout(NEWS, self.leader.changed()).await;
-            }
             let now = clock::boottime_millis();
             if led {
                 (lost_at, alert_at) = (now, 0);
+                self.leader.mark_unchanged();
+                // Without news of who leads every controller is asked.
+                let _ = timeout(NEWS, self.leader.changed()).await;
             }
             if led && now - begun >= SETTLED_MILLIS {
                 pause = FIRST_PAUSE;
@@ -180,7 +178,9 @@ impl Session {
         if tell.send(frame(hello)).await.is_err() {
             return End::Unreachable("the stream closed at once".into());
         }
-        let mut answers = match timeout(ATTACH_TIMEOUT, client.attach(ReceiverStream::new(told))).await {
+        let mut call = Request::new(ReceiverStream::new(told));
+        call.metadata_mut().insert(NEWS_KEY, MetadataValue::from_static("1"));
+        let mut answers = match timeout(ATTACH_TIMEOUT, client.attach(call)).await {
             Err(_) => return End::Unreachable("no answer in time".into()),
             Ok(Err(status)) => return refused(&status),
             Ok(Ok(response)) => response.into_inner(),
@@ -204,12 +204,13 @@ impl Session {
             }
         }
         tracing::info!(controller = endpoint, incarnation, "in session with the leader");
-        self.hear(welcome);
+        self.hear(welcome, &mut None);
         self.outbox.reopen();
         self.talk(&tell, &mut answers).await
     }
 
     async fn talk(&self, tell: &mpsc::Sender<Frame>, answers: &mut Streaming<Frame>) -> End {
+        let mut assigned = None;
         loop {
             let deliver = async {
                 let room = tell.reserve().await.ok()?;
@@ -218,7 +219,7 @@ impl Session {
             };
             tokio::select! {
                 heard = next(answers) => match heard {
-                    Ok(message) => self.hear(message),
+                    Ok(message) => self.hear(message, &mut assigned),
                     Err(End::Refused { why, .. } | End::Unreachable(why) | End::Lost(why)) => return End::Lost(why),
                 },
                 delivered = deliver => if delivered.is_none() {
@@ -228,16 +229,23 @@ impl Session {
         }
     }
 
-    fn hear(&self, message: ToAgent) {
+    /// `assigned`: what the news of this session stand on.
+    fn hear(&self, message: ToAgent, assigned: &mut Option<Arc<Assignment>>) {
         match message {
             ToAgent::Welcome { incarnation, beat_targets, .. } => {
                 self.heard.beat_targets.send_replace(beat_targets);
                 self.heard.incarnation.send_replace(incarnation);
             }
             ToAgent::BeatTargets(targets) => drop(self.heard.beat_targets.send_replace(targets)),
-            ToAgent::Assignment(assignment) => drop(self.heard.assignment.send_replace(Some(assignment.into()))),
+            ToAgent::Assignment(whole) => self.assign(assigned, *whole),
             ToAgent::Reported { number } => self.outbox.reported(number),
+            ToAgent::News(news) => self.assign(assigned, news.onto(assigned.as_deref())),
         }
+    }
+
+    fn assign(&self, assigned: &mut Option<Arc<Assignment>>, whole: Assignment) {
+        *assigned = Some(whole.into());
+        self.heard.assignment.send_replace(assigned.clone());
     }
 
     /// What this host holds, for a quorum that may know less.

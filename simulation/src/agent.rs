@@ -38,6 +38,8 @@ pub struct Agent {
     seq: u64,
     next_beat: u64,
     stream: Option<u64>,
+    /// What the news of this stream stand on.
+    assigned: Option<Assignment>,
     welcomed: bool,
     dialled_at: u64,
     next_dial: u64,
@@ -97,6 +99,7 @@ impl Agent {
             seq: 0,
             next_beat: 0,
             stream: None,
+            assigned: None,
             welcomed: false,
             dialled_at: 0,
             next_dial: 0,
@@ -223,7 +226,11 @@ impl Agent {
                     self.moves.values_mut().for_each(|letter| letter.1 = None);
                     self.forget_told();
                 }
-                Down::Assignment(assignment) => self.obey(around, host, *assignment),
+                Down::News(news) => {
+                    let whole = news.onto(self.assigned.as_ref());
+                    self.assigned = Some(whole.clone());
+                    self.obey(around, host, whole);
+                }
                 Down::Reported(number) => {
                     self.vms.retain(|_, letter| letter.1.is_none_or(|sent| sent > number));
                     self.images.retain(|_, letter| letter.1.is_none_or(|sent| sent > number));
@@ -239,7 +246,7 @@ impl Agent {
 
     fn end_session(&mut self, around: &mut Surroundings) {
         self.hang_up(around);
-        self.stream = None;
+        (self.stream, self.assigned) = (None, None);
         self.next_dial = around.now + around.dice.between(50, 1500) * MILLI;
     }
 

@@ -5,7 +5,9 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
-use model::{Actor, Assignment, Command, Entry, HypervisorKind, NodeCommand, NodeId, NodeState, Rejection, Reply};
+use model::{
+    Actor, Assignment, Command, Entry, HypervisorKind, Known, NodeCommand, NodeId, NodeState, Rejection, Reply,
+};
 
 use crate::{
     controller::{Controller, Flight, Landing},
@@ -18,8 +20,9 @@ pub struct Session {
     node: NodeId,
     /// Known once the attach is in the log.
     incarnation: Option<u64>,
-    /// The generation of the last assignment that was sent.
-    sent: Option<u64>,
+    known: Known,
+    /// What the agent puts together of all news that were sent.
+    whole: Option<Assignment>,
     /// A proposal for the agent, and the number of the frame that it came in.
     flight: Option<(Flight, Option<u64>)>,
     inbox: VecDeque<Up>,
@@ -39,7 +42,8 @@ impl Controller {
             self.sessions.entry(stream).or_insert_with(|| Session {
                 node,
                 incarnation: None,
-                sent: None,
+                known: Known::default(),
+                whole: None,
                 flight: None,
                 inbox: VecDeque::new(),
             });
@@ -135,13 +139,17 @@ impl Controller {
         if node.state == NodeState::Lost || node.incarnation != incarnation {
             return false;
         }
-        if session.sent.is_some_and(|sent| sent >= node.generation) {
+        if session.whole.as_ref().is_some_and(|whole| whole.generation >= node.generation) {
             return true;
         }
-        let Some(assignment) = self.state.assignment(session.node) else { return false };
-        session.sent = Some(assignment.generation);
-        self.echo(around, &assignment);
-        around.wires.say_down(around.now, &mut around.dice, stream, Down::Assignment(Box::new(assignment)));
+        let Some(news) = self.state.news(session.node, &mut session.known) else { return false };
+        let whole = news.clone().onto(session.whole.as_ref());
+        if self.state.assignment(session.node).as_ref() != Some(&whole) {
+            around.broken(format!("news of {} do not make its assignment, but {whole}", session.node));
+        }
+        self.echo(around, &whole);
+        session.whole = Some(whole);
+        around.wires.say_down(around.now, &mut around.dice, stream, Down::News(Box::new(news)));
         true
     }
 

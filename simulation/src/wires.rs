@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use model::{
-    Assignment, Capacity, NodeId,
+    Assignment, Capacity, News, NodeId,
     command::{ImageReport, MoveReport, VmReport},
     lease::Grant,
     telemetry::NodeStatus,
@@ -59,7 +59,7 @@ pub enum Up {
 pub enum Down {
     Refused,
     Welcome(u64),
-    Assignment(Box<Assignment>),
+    News(Box<News>),
     Reported(u64),
 }
 

@@ -111,7 +111,7 @@ pub struct Vm {
 }
 
 /// What becomes of a machine when its host is lost, and what the host does with it when no leader answers any more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Recovery {
     /// Paused by its host when the lease ends, then made again elsewhere: never two run.
     Exclusive,

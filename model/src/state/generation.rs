@@ -6,7 +6,8 @@ use super::State;
 use crate::{NetworkId, NodeId};
 
 impl State {
-    fn members(&self, network: NetworkId) -> impl Iterator<Item = NodeId> {
+    /// The hosts with a machine in the network.
+    pub(crate) fn members(&self, network: NetworkId) -> impl Iterator<Item = NodeId> {
         self.index.network_nodes.get(&network).into_iter().flatten().map(|(node, _)| *node)
     }
 

@@ -10,7 +10,7 @@ use std::{
 use super::State;
 use crate::{
     Capacity, Digest, Image, ImageId, Meter, Network, NetworkId, Node, NodeId, NodeState, Remembered, RequestId,
-    Resource, Tenant, TenantId, Timestamp, User, Vm, VmId,
+    Resource, Tenant, TenantId, Timestamp, User, Vm, VmId, news,
 };
 
 /// Derived from the rows; equal indexes follow from equal rows.
@@ -49,6 +49,8 @@ pub struct Index {
     pub(crate) lost_nodes: BTreeSet<NodeId>,
     /// Where tunnels to the other nodes end: asked for by the hundred for each host that a network of many gets or loses.
     pub(crate) underlays: BTreeMap<NodeId, IpAddr>,
+    /// Of all of them, in any order.
+    pub(crate) underlays_hash: u64,
     /// When a deadline passes or a back-off ends.
     pub(crate) due: BTreeSet<(Timestamp, VmId)>,
     pub(crate) requests_by_age: BTreeSet<(Timestamp, RequestId)>,
@@ -101,10 +103,19 @@ impl Index {
         self.node_by_name.insert(row.name.clone(), row.id);
         if row.state == NodeState::Lost {
             self.lost_nodes.insert(row.id);
-            self.underlays.remove(&row.id);
+            self.set_underlay(row.id, None);
         } else {
             self.lost_nodes.remove(&row.id);
-            self.underlays.insert(row.id, row.underlay);
+            self.set_underlay(row.id, Some(row.underlay));
+        }
+    }
+    pub(super) fn set_underlay(&mut self, node: NodeId, underlay: Option<IpAddr>) {
+        let before = match underlay {
+            Some(underlay) => self.underlays.insert(node, underlay),
+            None => self.underlays.remove(&node),
+        };
+        for end in [before, underlay].into_iter().flatten() {
+            self.underlays_hash ^= news::hash((node, end));
         }
     }
     pub(super) fn add_request(&mut self, id: RequestId, row: &Remembered) {

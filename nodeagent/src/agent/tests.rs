@@ -21,11 +21,11 @@ use api::{
         node_session_server::{NodeSession, NodeSessionServer},
         put_image_request::Part,
     },
-    session::{FromAgent, ToAgent, decode, encode},
+    session::{FromAgent, NEWS_KEY, ToAgent, decode, encode},
     tls::{CertificateAuthority, client_tls, client_tls_ca, connect},
 };
 use futures::{Stream, StreamExt};
-use model::{Assignment, Digest, ImageFormat, ImageWish, Phase, Power, VmId, VmWish};
+use model::{Assignment, Digest, ImageFormat, ImageWish, News, Phase, Power, VmId, VmWish, news::Pieces};
 use tokio::{net::UdpSocket, sync::mpsc, task::JoinHandle, time::sleep};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -134,6 +134,14 @@ async fn listen() -> (TcpListener, UdpSocket) {
     }
 }
 
+fn all_new(whole: Assignment) -> News {
+    let Assignment { cluster, node, incarnation, generation, vms, networks, images, rehearsals, spared } = whole;
+    let vms = Pieces { gone: vec![], new: vms };
+    let networks = Pieces { gone: vec![], new: networks };
+    let images = Pieces { gone: vec![], new: images };
+    News { cluster, node, incarnation, generation, vms, networks, images, rehearsals, spared }
+}
+
 #[tonic::async_trait]
 impl NodeSession for Controller {
     type AttachStream = Pin<Box<dyn Stream<Item = Result<Frame, Status>> + Send>>;
@@ -147,6 +155,7 @@ impl NodeSession for Controller {
             status.metadata_mut().insert(LEADER_KEY, leader);
             return Err(status);
         }
+        assert!(request.metadata().contains_key(NEWS_KEY));
         let mut up = request.into_inner();
         let (down, frames) = mpsc::channel(8);
         tokio::spawn(async move {
@@ -155,7 +164,7 @@ impl NodeSession for Controller {
             let beat_targets = played.targets.lock().unwrap().clone();
             tell(ToAgent::Welcome { incarnation, beat_targets, epoch: 0, take_stock: false }).await.unwrap();
             let assignment = Assignment { incarnation, ..played.assignment.lock().unwrap().clone() };
-            tell(ToAgent::Assignment(Box::new(assignment))).await.unwrap();
+            tell(ToAgent::News(Box::new(all_new(assignment)))).await.unwrap();
             loop {
                 let frame = tokio::select! {
                     frame = up.message() => frame,

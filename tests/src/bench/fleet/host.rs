@@ -15,12 +15,12 @@ use api::{
     beat::BeatKey,
     client::{self, Client, Joined, LEADER_KEY, new_request_id},
     proto::{Frame, IssueJoinTokenRequest, node_session_client::NodeSessionClient},
-    session::{FromAgent, MAX_FRAME_BYTES, ToAgent, decode, encode},
+    session::{FromAgent, MAX_FRAME_BYTES, NEWS_KEY, ToAgent, decode, encode},
     tls::{Identity, client_tls, connect, make_key_and_csr},
 };
 use jepsen::{chance::Chance, cluster::PATIENCE};
 use model::{
-    Assignment, Capacity, HypervisorKind, NodeId, Phase, VmId,
+    Capacity, HypervisorKind, NodeId, Phase, VmId,
     assignment::{Power, VmWish},
     command::VmReport,
 };
@@ -29,6 +29,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, metadata::MetadataValue};
 
 /// As an agent has them.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -58,8 +59,7 @@ pub fn name(number: usize) -> String {
 struct Machines {
     /// Epoch, attempt and phase that were reported last.
     known: BTreeMap<VmId, (u64, u32, Phase)>,
-    wished: Option<Box<Assignment>>,
-    waiting: Vec<VmReport>,
+    waiting: BTreeMap<VmId, VmReport>,
     number: u64,
     /// Machines in each frame that is not acknowledged.
     under_way: BTreeMap<u64, Vec<VmId>>,
@@ -145,7 +145,9 @@ impl Host {
         let mut client = NodeSessionClient::new(channel).max_decoding_message_size(2 * MAX_FRAME_BYTES);
         let (tell, told) = mpsc::channel(FRAMES_UNDER_WAY);
         tell.send(Frame { body: encode(&self.hello).into() }).await.ok()?;
-        let attached = timeout(ATTACH_TIMEOUT, client.attach(ReceiverStream::new(told))).await.ok()?;
+        let mut call = Request::new(ReceiverStream::new(told));
+        call.metadata_mut().insert(NEWS_KEY, MetadataValue::from_static("1"));
+        let attached = timeout(ATTACH_TIMEOUT, client.attach(call)).await.ok()?;
         let mut answers = match attached {
             Ok(answers) => answers.into_inner(),
             Err(status) => return Some(status.metadata().get(LEADER_KEY)?.to_str().ok()?.to_owned()),
@@ -153,9 +155,6 @@ impl Host {
         machines.begin_again();
         loop {
             let obeys = *obeyed.borrow_and_update();
-            if obeys {
-                machines.look();
-            }
             let frame = tokio::select! {
                 frame = answers.message() => frame.ok()??,
                 room = tell.reserve(), if obeys && !machines.waiting.is_empty() => {
@@ -172,13 +171,13 @@ impl Host {
                     self.incarnation.store(incarnation, Relaxed);
                     self.in_session.store(true, Relaxed);
                 }
-                ToAgent::Assignment(wished) => machines.wished = Some(wished),
+                ToAgent::News(news) => machines.hear(&news.vms.new),
                 ToAgent::Reported { number } => {
                     let done: usize =
                         machines.under_way.extract_if(..=number, |_, _| true).map(|(_, vms)| vms.len()).sum();
                     self.reported.fetch_add(done, Relaxed);
                 }
-                ToAgent::BeatTargets(_) => {}
+                ToAgent::BeatTargets(_) | ToAgent::Assignment(_) => {}
             }
         }
     }
@@ -187,7 +186,7 @@ impl Host {
 impl Machines {
     /// What was not acknowledged is told again in a new session.
     fn begin_again(&mut self) {
-        let told = self.under_way.values().flatten().chain(self.waiting.iter().map(|report| &report.vm));
+        let told = self.under_way.values().flatten().chain(self.waiting.keys());
         for vm in told {
             self.known.remove(vm);
         }
@@ -196,13 +195,12 @@ impl Machines {
     }
 
     /// Reports about machines that are wished otherwise than they were reported.
-    fn look(&mut self) {
-        let Some(wished) = self.wished.take() else { return };
-        for wish in &wished.vms {
+    fn hear(&mut self, wishes: &[VmWish]) {
+        for wish in wishes {
             let Some(phase) = as_wished(wish) else { continue };
             let now = (wish.epoch, wish.attempt, phase);
             if self.known.insert(wish.vm, now) != Some(now) {
-                self.waiting.push(VmReport {
+                let report = VmReport {
                     vm: wish.vm,
                     epoch: wish.epoch,
                     attempt: wish.attempt,
@@ -210,13 +208,14 @@ impl Machines {
                     rebooted: wish.reboots,
                     reason: String::new(),
                     retry: false,
-                });
+                };
+                self.waiting.insert(wish.vm, report);
             }
         }
     }
 
     fn next(&mut self) -> FromAgent {
-        let reports = std::mem::take(&mut self.waiting);
+        let reports: Vec<VmReport> = std::mem::take(&mut self.waiting).into_values().collect();
         self.number += 1;
         self.under_way.insert(self.number, reports.iter().map(|report| report.vm).collect());
         FromAgent::VmReports { number: self.number, reports }
