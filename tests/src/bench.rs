@@ -58,7 +58,7 @@ pub struct Settings {
     #[arg(long, value_delimiter = ',', default_values_t = CLIENTS)]
     pub clients: Vec<usize>,
     /// What they do.
-    #[arg(long, value_delimiter = ',', value_enum, default_values_t = [Operation::Write, Operation::Read])]
+    #[arg(long, value_delimiter = ',', value_enum, default_values_t = [Operation::Write, Operation::Read, Operation::Stale])]
     pub operations: Vec<Operation>,
     /// How often the leader is killed.
     #[arg(long, default_value_t = 20)]

@@ -17,6 +17,8 @@ use super::{KEYS, VALUE_BYTES, store::Store};
 pub enum Operation {
     Write,
     Read,
+    /// Of what the asked member has, at once: the cost of a call and no more. Nothing that asks others can be faster.
+    Stale,
 }
 
 impl fmt::Display for Operation {
@@ -24,6 +26,7 @@ impl fmt::Display for Operation {
         f.pad(match self {
             Self::Write => "write",
             Self::Read => "read",
+            Self::Stale => "stale",
         })
     }
 }
@@ -187,7 +190,8 @@ pub async fn paced_client(
         let start = Instant::now();
         let outcome = match operation {
             Operation::Write => store.write(key, &value(&mut chance)).await,
-            Operation::Read => store.read(key).await.map(|_| ()),
+            Operation::Read => store.read(key, false).await.map(|_| ()),
+            Operation::Stale => store.read(key, true).await.map(|_| ()),
         };
         match outcome {
             Ok(()) => seen.saturating_record(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)),

@@ -95,12 +95,12 @@ impl Store {
         outcome.map_err(|status| anyhow!("{}", status.message()))
     }
 
-    /// Linearizable.
+    /// Linearizable, or what that member has.
     ///
     /// # Errors
     /// With what the server or the transport said, or when the key is not there.
-    pub async fn read(&mut self, number: usize) -> anyhow::Result<usize> {
-        let get = || trefoil_proto::GetTagRequest { tenant: TENANT.into(), key: key(number), stale: false };
+    pub async fn read(&mut self, number: usize, stale: bool) -> anyhow::Result<usize> {
+        let get = || trefoil_proto::GetTagRequest { tenant: TENANT.into(), key: key(number), stale };
         let outcome = match self {
             Self::Client(client) => {
                 let call = async |mut stub: TrefoilClient<Channel>, request| stub.get_tag(request).await;
@@ -114,7 +114,8 @@ impl Store {
                 reply.map(|tag| tag.into_inner().value.len())
             }
             Self::Etcd { kv } => {
-                let message = proto::RangeRequest { key: key(number).into(), ..Default::default() };
+                let message =
+                    proto::RangeRequest { key: key(number).into(), serializable: stale, ..Default::default() };
                 let reply = tokio::time::timeout(TIMEOUT, kv.range(message)).await?;
                 reply.map(|range| range.into_inner().kvs.first().map_or(0, |kv| kv.value.len()))
             }
