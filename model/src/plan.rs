@@ -21,7 +21,7 @@ const BATCH: usize = 256;
 
 /// Machines that one plan places: so many that ranking ten thousand nodes, once a plan, costs less than they do.
 const PLACED: usize = 8192;
-/// Machines that wait whom one plan looks at: beyond those for whom there is no room, smaller ones may find some.
+/// Machines that wait whom one plan looks at.
 const LOOKED_AT: usize = 2 * PLACED;
 
 /// A node that lost its copy of an image, or could not get it, is asked again after this time when no other can hold
@@ -137,25 +137,27 @@ fn place(state: &State, idlest: &mut Idlest) -> Vec<PlannerCommand> {
     // What found no room in this plan finds none later in it: room only shrinks.
     let mut refused: BTreeMap<(Capacity, Recovery), String> = BTreeMap::new();
     let mut commands = Vec::new();
-    for vm in state.index.unplaced.iter().take(LOOKED_AT).filter_map(|(_, id)| state.vms().get(id)) {
-        if commands.len() >= PLACED {
-            break;
-        }
-        let kind = (vm.size, vm.recovery);
-        let found = match (state.may_be_elsewhere(vm.id), refused.get(&kind)) {
-            (Some(reason), _) => Err(reason),
-            (None, Some(reason)) => Err(reason.clone()),
+    let mut served = state.index.unplaced.served();
+    for _ in 0..LOOKED_AT {
+        let Some((id, line)) = served.next().filter(|_| commands.len() < PLACED) else { break };
+        let Some(vm) = state.vms().get(&id) else { continue };
+        let need = (vm.size, vm.recovery);
+        let elsewhere = state.may_be_elsewhere(id);
+        let found = match (&elsewhere, refused.get(&need)) {
+            (Some(reason), _) | (None, Some(reason)) => Err(reason.clone()),
             (None, None) => {
                 let room = |node: &Node, extra: Capacity| state.may_hold(node, vm, vm.size.plus(extra));
-                idlest.with_room(vm.size, room).inspect_err(|reason| drop(refused.insert(kind, reason.clone())))
+                idlest.with_room(vm.size, room).inspect_err(|reason| drop(refused.insert(need, reason.clone())))
             }
         };
         match found {
             Ok(node) => {
                 idlest.promise(node, vm.size);
-                commands.push(PlannerCommand::PlaceVm { vm: vm.id, node });
+                commands.push(PlannerCommand::PlaceVm { vm: id, node });
             }
-            Err(reason) if reason != vm.reason => commands.push(PlannerCommand::DeferVm { vm: vm.id, reason }),
+            Err(reason) if reason != vm.reason => commands.push(PlannerCommand::DeferVm { vm: id, reason }),
+            // Who stands behind it needs the same, and knows it.
+            Err(_) if elsewhere.is_none() => served.close(line),
             Err(_) => {}
         }
     }

@@ -15,11 +15,13 @@ use crate::{
 mod change;
 mod generation;
 mod index;
+mod queue;
 mod rows;
 
 pub use change::{Change, Owner};
 use index::forget;
 pub use index::{Index, Usage};
+pub use queue::Queue;
 pub use rows::RowVisitor;
 
 /// Equal on every replica at the same log index.
@@ -215,7 +217,8 @@ impl State {
     /// Machines that nothing is done for just now: without a host, in a pause before another try, or on a lost host. In
     /// the order in which they are served.
     pub fn waiting(&self) -> impl Iterator<Item = &Vm> {
-        let unplaced = self.index.unplaced.iter().map(|(_, id)| *id);
+        let mut served = self.index.unplaced.served();
+        let unplaced = std::iter::from_fn(move || served.next()).map(|(id, _)| id);
         let paused = self.index.due.iter().map(|(_, id)| *id);
         let paused = paused.filter(|id| self.vms.get(id).is_some_and(|vm| vm.retry_at.is_some()));
         let lost = self.index.lost_nodes.iter().flat_map(|node| self.index.vms_by_node.get(node)).flatten().copied();

@@ -28,6 +28,11 @@ struct Ranked<'a> {
     noise: u64,
     /// In the order of their nodes' ids, so that of equal ones the first comes first.
     seats: Vec<Seat<'a>>,
+    order: Option<Order>,
+}
+
+/// Made for the first machine for which there is room: a look in vain costs a walk along the seats.
+struct Order {
     by_load: BTreeSet<(u64, Place)>,
     /// By load in steps of the noise; within a step by machines, then load.
     bands: BTreeMap<u64, BTreeSet<(usize, u64, Place)>>,
@@ -111,24 +116,23 @@ impl<'a> Ranked<'a> {
             })
             .collect();
         let noise = weights.iter().map(|weight| weight.saturating_mul(NOISE_PERMILLE)).fold(0, u64::saturating_add);
-        let by_load = (0..).zip(&seats).map(|(place, seat)| (seat.load, place)).collect();
-        let mut bands: BTreeMap<u64, Vec<(usize, u64, Place)>> = BTreeMap::new();
-        for (place, seat) in (0..).zip(&seats) {
-            bands.entry(seat.load / noise.max(1)).or_default().push((seat.machines, seat.load, place));
-        }
-        let bands = bands.into_iter().map(|(band, seats)| (band, seats.into_iter().collect())).collect();
-        Self { weights, noise, seats, by_load, bands }
+        Self { weights, noise, seats, order: None }
     }
 
-    fn idlest(&self, size: Capacity, room: impl Fn(&Node, Capacity) -> Result<(), Rejection>) -> Option<NodeId> {
+    fn idlest(&mut self, size: Capacity, room: impl Fn(&Node, Capacity) -> Result<(), Rejection>) -> Option<NodeId> {
         let takes = |place: Place| {
             let seat = &self.seats[place];
             size.fits_in(seat.room.minus(seat.promised)) && room(seat.node, seat.extra).is_ok()
         };
-        let (least, _) = self.by_load.iter().find(|(_, place)| takes(*place))?;
-        let most = least.saturating_add(self.noise);
         let width = self.noise.max(1);
-        let alike = self.bands.range(least / width..=most / width);
+        let order = match &mut self.order {
+            Some(order) => order,
+            none if (0..self.seats.len()).any(takes) => none.insert(Order::of(&self.seats, width)),
+            _ => return None,
+        };
+        let (least, _) = order.by_load.iter().find(|(_, place)| takes(*place))?;
+        let most = least.saturating_add(self.noise);
+        let alike = order.bands.range(least / width..=most / width);
         let first = |seats: &BTreeSet<(usize, u64, Place)>| {
             seats.iter().find(|(_, load, place)| (*least..=most).contains(load) && takes(*place)).copied()
         };
@@ -155,17 +159,31 @@ impl<'a> Ranked<'a> {
         let width = self.noise.max(1);
         let Some(place) = self.place_of(node) else { return };
         let seat = &mut self.seats[place];
-        self.by_load.remove(&(seat.load, place));
-        if let Some(band) = self.bands.get_mut(&(seat.load / width)) {
-            band.remove(&(seat.machines, seat.load, place));
-        }
+        let before = (seat.load, seat.machines);
         for sum in [&mut seat.promised, &mut seat.soon, &mut seat.extra] {
             *sum = sum.plus(size);
         }
         seat.machines += 1;
         seat.load = seat.weigh(self.weights);
-        self.by_load.insert((seat.load, place));
-        self.bands.entry(seat.load / width).or_default().insert((seat.machines, seat.load, place));
+        let Some(order) = &mut self.order else { return };
+        order.by_load.remove(&(before.0, place));
+        if let Some(band) = order.bands.get_mut(&(before.0 / width)) {
+            band.remove(&(before.1, before.0, place));
+        }
+        order.by_load.insert((seat.load, place));
+        order.bands.entry(seat.load / width).or_default().insert((seat.machines, seat.load, place));
+    }
+}
+
+impl Order {
+    fn of(seats: &[Seat], width: u64) -> Self {
+        let by_load = (0..).zip(seats).map(|(place, seat)| (seat.load, place)).collect();
+        let mut bands: BTreeMap<u64, Vec<(usize, u64, Place)>> = BTreeMap::new();
+        for (place, seat) in (0..).zip(seats) {
+            bands.entry(seat.load / width).or_default().push((seat.machines, seat.load, place));
+        }
+        let bands = bands.into_iter().map(|(band, seats)| (band, seats.into_iter().collect())).collect();
+        Self { by_load, bands }
     }
 }
 

@@ -1,13 +1,12 @@
 //! The indexes: derived from the rows, kept beside them, never stored.
 
 use std::{
-    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     iter,
     net::IpAddr,
 };
 
-use super::State;
+use super::{Queue, State};
 use crate::{
     Capacity, Digest, Image, ImageId, Meter, Network, NetworkId, Node, NodeId, NodeState, Remembered, RequestId,
     Resource, Tenant, TenantId, Timestamp, User, Vm, VmId, news,
@@ -44,8 +43,8 @@ pub struct Index {
     pub(crate) coming: BTreeMap<NodeId, Capacity>,
     pub(crate) usage: BTreeMap<TenantId, Usage>,
     pub(crate) meters_by_tenant: BTreeMap<TenantId, BTreeSet<Resource>>,
-    /// Machines that want a host and may have one now, in the order in which they get it: by priority, then age.
-    pub(crate) unplaced: BTreeSet<(Reverse<u8>, VmId)>,
+    /// Machines that want a host and may have one now.
+    pub(crate) unplaced: Queue,
     pub(crate) lost_nodes: BTreeSet<NodeId>,
     /// Where tunnels to the other nodes end: asked for by the hundred for each host that a network of many gets or loses.
     pub(crate) underlays: BTreeMap<NodeId, IpAddr>,
@@ -184,7 +183,7 @@ impl Index {
                 *coming = coming.plus(vm.size);
             }
         } else if vm.wants_host() {
-            self.unplaced.insert((Reverse(vm.priority), vm.id));
+            self.unplaced.insert(vm);
         }
         if let Some(migration) = vm.migration {
             self.others_by_node.entry(migration.other.node).or_default().insert(vm.id);
@@ -229,7 +228,7 @@ impl Index {
             forget(&mut self.others_by_node, migration.other.node, vm.id);
         }
         vm.hosts().for_each(|node| self.leave_node(vm, node));
-        self.unplaced.remove(&(Reverse(vm.priority), vm.id));
+        self.unplaced.remove(vm);
         vm.due_times().for_each(|at| {
             self.due.remove(&(at, vm.id));
         });
