@@ -36,6 +36,9 @@ const WRITERS: usize = 16;
 /// and as often as it is answered, which takes all of both cores.
 const PACES: [Duration; 2] = [Duration::from_millis(32), Duration::ZERO];
 const SHORT_PAGE: u32 = 100;
+/// Fewer entries in this time are no burst.
+const A_WHILE: Duration = Duration::from_millis(500);
+const FEW: u64 = 50;
 /// Whole lists, fewer of them when they are very long; and short pages.
 const LISTS: usize = 40;
 const LISTED_ROWS: usize = LISTS * 20_000;
@@ -136,6 +139,7 @@ async fn grow(cluster: &mut Cluster, root: &Path, settings: &Settings) -> anyhow
     fleet.beat(cluster)?;
     let created_per_second = create(&clients, machines).await?;
     eprintln!("  {machines} machines: {created_per_second:.0} created a second");
+    at_rest(cluster).await?;
     let mut lists = Vec::new();
     for every in PACES {
         let read = read_lists(cluster, &clients, machines, every).await?;
@@ -301,6 +305,16 @@ async fn read_lists(cluster: &Cluster, clients: &[Client], machines: usize, ever
     let writes_per_second = (applied(cluster).await? - before) as f64 / began.elapsed().as_secs_f64();
     writers.shutdown().await;
     Ok(Lists { writes_per_second, whole_millis: Quantiles::of(&whole), page_millis: Quantiles::of(&short) })
+}
+
+/// Every machine that was created is told in an entry of its own that there is no room for it: these are not to be measured.
+async fn at_rest(cluster: &Cluster) -> anyhow::Result<()> {
+    let quiet = async || {
+        let before = applied(cluster).await;
+        tokio::time::sleep(A_WHILE).await;
+        matches!((before, applied(cluster).await), (Ok(before), Ok(now)) if now - before < FEW)
+    };
+    until("the log is at rest", 10 * PATIENCE, LOOK_AGAIN, quiet).await
 }
 
 async fn applied(cluster: &Cluster) -> anyhow::Result<u64> {
