@@ -15,7 +15,7 @@ use crate::core::Core;
 #[derive(Default)]
 pub(crate) struct Bells(Mutex<BTreeMap<(NodeId, u64), Arc<Notify>>>);
 
-/// Rung after each change of the node's row, and in rare cases without one.
+/// Rung after each change of the node's row or of its tunnels, and in rare cases without one.
 pub(crate) struct Bell {
     core: Arc<Core>,
     session: (NodeId, u64),
@@ -73,6 +73,7 @@ pub(crate) async fn ring(core: Arc<Core>) {
             // A snapshot was installed, or this task did not run for a minute.
             Err(_) => (told, all) = (reached, true),
         }
+        core.replica.take_woken().into_iter().for_each(|node| core.bells.ring(node));
         // While a quorum is being refounded, what a session waits for is in no row of its node.
         let (was, now) = (refounding, core.replica.read(|state| state.quorum().refounding.is_some()));
         refounding = now;

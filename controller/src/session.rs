@@ -184,16 +184,20 @@ impl Session {
             let turn = self.core.turns.acquire().await;
             let current = self.core.replica.read(|state| {
                 let node = state.nodes().get(&self.node)?;
-                // After a refounding the host speaks first: what it holds may be newer than what is known here.
-                let newer = sent.is_none_or(|sent| sent < node.generation) && !state.awaits(self.node);
                 let current = if node.state == NodeState::Lost { 0 } else { node.incarnation };
-                let whole = || state.assignment(self.node).map(|whole| ToAgent::Assignment(Box::new(whole)));
-                let told = newer.then(|| match &mut known {
-                    Some(known) => state.news(self.node, known).map(|news| ToAgent::News(Box::new(news))),
-                    None => whole(),
-                });
-                sent = sent.max(newer.then_some(node.generation));
-                Some((current, told.flatten()))
+                // After a refounding the host speaks first: what it holds may be newer than what is known here.
+                if state.awaits(self.node) {
+                    return Some((current, None));
+                }
+                let risen = sent.replace(node.generation).is_none_or(|sent| sent < node.generation);
+                let told = match &mut known {
+                    Some(known) => {
+                        let news = state.news(self.node, known).filter(|news| risen || !news.is_empty());
+                        news.map(|news| ToAgent::News(Box::new(news)))
+                    }
+                    None => state.assignment(self.node).map(|whole| ToAgent::Assignment(Box::new(whole))),
+                };
+                Some((current, told))
             });
             match current {
                 None => return "the node was removed from the cloud".into(),

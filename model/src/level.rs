@@ -9,13 +9,16 @@
 //! | --- | --- | --- |
 //! | 1 | 0.1.0 | the beginning |
 //! | 2 | 0.1.0 | refounding: a quorum made from a backup or from one survivor, and hosts that say what they hold |
+//! | 3 | 0.1.0 | a change of tunnels alone gives a host's row no new generation |
 
 use crate::{Command, NodeCommand, OperatorCommand, PlannerCommand};
 
 /// The lowest level that this version can work at: its predecessor's.
 pub const OLDEST: u32 = 1;
 /// The highest level that this version knows.
-pub const LATEST: u32 = 2;
+pub const LATEST: u32 = 3;
+/// From here on hosts whose tunnels alone change are woken, and their rows stay as they are.
+pub(crate) const QUIET_TUNNELS: u32 = 3;
 
 impl Command {
     /// The level at which it came to be.

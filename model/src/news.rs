@@ -108,6 +108,11 @@ impl State {
 }
 
 impl News {
+    /// Nothing has to be said when the generation is the same, too: all else changes only with it.
+    pub fn is_empty(&self) -> bool {
+        self.vms.is_empty() && self.networks.is_empty() && self.images.is_empty()
+    }
+
     /// The whole that follows from the one before it in the same session, and from nothing at its beginning.
     pub fn onto(self, before: Option<&Assignment>) -> Assignment {
         Assignment {
@@ -125,6 +130,10 @@ impl News {
 }
 
 impl<K: Ord, W: Clone> Pieces<K, W> {
+    fn is_empty(&self) -> bool {
+        self.gone.is_empty() && self.new.is_empty()
+    }
+
     fn onto(self, before: &[W], key: impl Fn(&W) -> K) -> Vec<W> {
         let mut wishes: BTreeMap<K, W> = before.iter().map(|wish| (key(wish), wish.clone())).collect();
         self.gone.iter().for_each(|key| drop(wishes.remove(key)));

@@ -45,6 +45,8 @@ pub struct State {
     pub(crate) requests: Table<RequestId, Remembered>,
     pub(crate) quorum: Table<u8, Quorum>,
     pub(crate) index: Index,
+    /// See `take_woken`.
+    woken: BTreeSet<NodeId>,
     hash: u128,
 }
 
@@ -91,6 +93,7 @@ impl Default for State {
             requests: Table::new(15),
             quorum: Table::new(Quorum::TABLE),
             index: Index::default(),
+            woken: BTreeSet::new(),
             hash: 0,
         };
         state.cluster.put(0, Cluster::default());

@@ -4,13 +4,13 @@
 //! write, and only then its proposers are answered and the applied index moves.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     io,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
 };
 
 use futures::{Stream, TryStreamExt};
-use model::{State, state::Change};
+use model::{NodeId, State, state::Change};
 use openraft::{
     EntryPayload, OptionalSend, RaftSnapshotBuilder,
     storage::{ApplyResponder, EntryResponder, RaftStateMachine},
@@ -48,6 +48,7 @@ struct Shared {
     snapshots: SnapshotStore,
     hashes: Mutex<Hashes>,
     feed: Feed,
+    woken: Mutex<BTreeSet<NodeId>>,
     applied: watch::Sender<u64>,
     on_failure: OnFailure,
     /// The highest feature level that this version knows.
@@ -85,6 +86,7 @@ impl Machine {
         let shared = Shared {
             view: RwLock::new(view),
             feed,
+            woken: Mutex::default(),
             tables,
             snapshots,
             hashes: Mutex::new(hashes),
@@ -107,6 +109,14 @@ impl Machine {
     /// See [`Feed::read`].
     pub fn changes(&self, after: u64, most: usize, wanted: impl Fn(&Change) -> bool) -> Result<Changes, Compacted> {
         self.shared.feed.read(after, most, wanted)
+    }
+
+    pub fn take_woken(&self) -> BTreeSet<NodeId> {
+        std::mem::take(&mut *self.woken())
+    }
+
+    fn woken(&self) -> MutexGuard<'_, BTreeSet<NodeId>> {
+        self.shared.woken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The hashes that are still known, the latest included, in the order of their indexes.
@@ -154,6 +164,7 @@ impl Machine {
             gathered.take_rows(&mut view.state);
             batch.hash = view.state.hash();
             view.applied = Some(applied);
+            self.woken().append(&mut view.state.take_woken());
         }
         let (rows, changes) = gathered.into_parts();
         batch.rows = rows;

@@ -1,13 +1,13 @@
 //! The replica: opened, run, asked, stopped.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use model::{Command, ControllerId, State, Timestamp};
+use model::{Command, ControllerId, NodeId, State, Timestamp};
 use openraft::{BasicNode, Config, Instant as _, SnapshotPolicy, async_runtime::WatchReceiver, errors::RaftError};
 use storage::{
     failure::{self, OnFailure, StorageError},
@@ -324,6 +324,11 @@ impl Replica {
         wanted: impl Fn(&model::state::Change) -> bool,
     ) -> Result<Changes, Compacted> {
         self.core.machine.changes(after, most, wanted)
+    }
+
+    /// See [`model::State::take_woken`]. Each is given out once.
+    pub fn take_woken(&self) -> BTreeSet<NodeId> {
+        self.core.machine.take_woken()
     }
 
     /// Id and address of every member, learners too.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use model::{
     Actor, Capacity, Cidr, Command, Digest, Entry, ImageFormat, ImageId, JoinRole, NetworkId, NodeId, OperatorCommand,
-    PlannerCommand, Quota, Role, TenantCommand, TenantId, setting,
+    PlannerCommand, Quota, Role, TenantCommand, TenantId, level, setting,
 };
 
 use crate::{
@@ -62,6 +62,8 @@ impl Cloud {
             operator: "root".into(),
             token: Digest([9; 32]),
         }));
+        let level = if self.around.dice.permille(500) { level::LATEST } else { level::OLDEST };
+        self.order(OperatorCommand::RaiseLevel { level });
         // Short, so that much happens in little time; the rest is as delivered.
         for (name, value) in [
             (setting::CREATE_DEADLINE, 30_000),

@@ -30,6 +30,8 @@ pub struct Controller {
     pub wall_off: i64,
     pub state: State,
     pub applied: u64,
+    /// At which index a host's tunnels changed last.
+    pub(crate) woken: BTreeMap<NodeId, u64>,
     /// What the database holds.
     rows: BTreeMap<(u8, Vec<u8>), Vec<u8>>,
     /// How far behind the leader's log it applies.
@@ -145,6 +147,7 @@ impl Controller {
             wall_off: around.dice.below(2000) as i64 - 1000,
             state: State::default(),
             applied: 0,
+            woken: BTreeMap::new(),
             rows: BTreeMap::new(),
             lag: 0,
             running: true,
@@ -247,6 +250,7 @@ impl Controller {
             if self.state.hash() != hash {
                 around.broken(format!("controller {} has another hash at index {index}", self.number));
             }
+            self.woken.extend(self.state.take_woken().into_iter().map(|node| (node, index)));
             self.applied = index;
         }
         if self.applied != before

@@ -92,7 +92,7 @@ impl Quorum {
         let before = Before::of(&self.state, &entry);
         self.ledger.pass(&self.state, self.state.now().max(entry.at));
         let outcome = self.state.apply(index, &entry);
-        let _ = self.state.drain_changes();
+        let _ = (self.state.drain_changes(), self.state.take_woken());
         count(&entry, &outcome, &before, coverage);
         count_moves(&self.state, &before, &entry, coverage);
         if is_frozen(self.state.cluster().brake) && !is_frozen(before.brake) {

@@ -13,7 +13,7 @@ use model::{
     NodeCommand, NodeId, OperatorCommand, Phase, PlannerCommand, Quota, Recovery, Reply, Role, State, Telemetry,
     TenantCommand, TenantId, Timestamp, VmId, bill,
     command::VmReport,
-    plan,
+    level, plan,
     telemetry::{Heard, NodeStatus},
 };
 
@@ -113,6 +113,7 @@ impl Cloud {
             operator: "root".into(),
             token,
         });
+        cloud.operator(OperatorCommand::RaiseLevel { level: level::LATEST });
         cloud.operator(OperatorCommand::CreateTemplate { name: "scale".into(), size: SMALL, weight_milli: 1000 });
         // Twice the room that is needed, so that the order of nodes decides and not what is left.
         let each = 2 * machines.div_ceil(nodes);
@@ -267,6 +268,7 @@ impl Cloud {
         self.pending += 1;
         if self.pending == BATCH {
             self.state.drain_changes();
+            self.state.take_woken();
             self.pending = 0;
         }
         applied.unwrap_or_else(|refusal| panic!("{entry:?}: {refusal}"))

@@ -21,6 +21,8 @@ pub struct Session {
     /// Known once the attach is in the log.
     incarnation: Option<u64>,
     known: Known,
+    /// What was applied when its host was told last.
+    told_at: u64,
     /// What the agent puts together of all news that were sent.
     whole: Option<Assignment>,
     /// A proposal for the agent, and the number of the frame that it came in.
@@ -43,6 +45,7 @@ impl Controller {
                 node,
                 incarnation: None,
                 known: Known::default(),
+                told_at: 0,
                 whole: None,
                 flight: None,
                 inbox: VecDeque::new(),
@@ -139,9 +142,12 @@ impl Controller {
         if node.state == NodeState::Lost || node.incarnation != incarnation {
             return false;
         }
-        if session.whole.as_ref().is_some_and(|whole| whole.generation >= node.generation) {
+        let risen = session.whole.as_ref().is_none_or(|whole| whole.generation < node.generation);
+        let woken = self.woken.get(&session.node).is_some_and(|index| *index > session.told_at);
+        if !risen && !woken {
             return true;
         }
+        session.told_at = self.applied;
         let Some(news) = self.state.news(session.node, &mut session.known) else { return false };
         let whole = news.clone().onto(session.whole.as_ref());
         if self.state.assignment(session.node).as_ref() != Some(&whole) {

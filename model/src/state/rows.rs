@@ -32,6 +32,7 @@ impl State {
             requests,
             quorum,
             index: _,
+            woken: _,
             hash: _,
         } = self;
         macro_rules! show {

@@ -374,7 +374,7 @@ impl Source {
     fn office(&mut self, state: &State, r: &mut Reader) -> Entry {
         let (now, tenant) = (state.now(), TenantId(1 + r.below(3) as u64));
         let quota = |vms| Quota { vms, ..state.tenants().get(&TenantId(1)).map_or(NOTHING, |tenant| tenant.quota) };
-        let command = match r.below(14) {
+        let command = match r.below(16) {
             0..=3 => {
                 let from =
                     [Timestamp::default(), now.plus_millis(r.below(5_000_000) as u64), Timestamp(1)][r.below(6) / 2];
@@ -398,7 +398,8 @@ impl Source {
                 OperatorCommand::SetSetting { name: names[r.below(3)].into(), value: r.below(4) as u64 * 700 }
             }
             12 => OperatorCommand::SetSetting { name: setting::TENANT_TAGS.into(), value: r.below(4) as u64 },
-            _ => OperatorCommand::DeleteTemplate { name: "enhanced".into() },
+            13 => OperatorCommand::DeleteTemplate { name: "enhanced".into() },
+            _ => OperatorCommand::RaiseLevel { level: level::LATEST },
         };
         self.operator(command)
     }
