@@ -52,6 +52,9 @@ const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 const QUORUM_THREADS: usize = 2;
 /// A thread that hangs on a disk is left behind.
 const LAST_THREADS: Duration = Duration::from_secs(5);
+/// A client that vanished without a word keeps what it had open for the sum of these. Nothing else waits for that.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Calls that one connection may have open; more wait in the client.
 const CALLS_PER_CONNECTION: u32 = 2048;
 
@@ -199,8 +202,8 @@ fn router(core: &Arc<Core>) -> Router {
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(CALLS_PER_CONNECTION)
-        .http2_keepalive_interval(Some(Duration::from_secs(5)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .add_service(service)
         .add_service(admission)
         .add_service(sessions)

@@ -14,7 +14,7 @@
 //! A lost session stops nothing on the host. Deliberately not here: what to do about an assignment.
 
 use std::{
-    fmt,
+    fmt, future,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -24,10 +24,11 @@ use api::{
     client::LEADER_KEY,
     proto::{Frame, node_session_client::NodeSessionClient},
     session::{FromAgent, MAX_FRAME_BYTES, NEWS_KEY, ToAgent, decode, encode},
-    tls::{Identity, client_tls, connect},
+    tls::{Identity, client_tls, connect_session},
 };
 use model::{Assignment, Held, Phase};
 use tokio::{
+    net::lookup_host,
     sync::{mpsc, watch},
     time::{sleep, timeout},
 };
@@ -50,6 +51,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// After a session was lost a beat's answer tells within this who leads now. To ask each controller instead costs a handshake
 /// each, and every host of the cloud asks at the same moment.
 const NEWS: Duration = Duration::from_secs(1);
+/// An answer of the last leader may come late. After this time the present one has answered another beat.
+pub(crate) const SURE: Duration = Duration::from_millis(1500);
 /// A session that ended sooner was no success: each costs the quorum a log entry, so they must not follow at once.
 const SETTLED_MILLIS: u64 = 3_000;
 /// An alert that is still true is repeated this often.
@@ -168,7 +171,7 @@ impl Session {
 
     /// One session from its beginning to its end.
     async fn attach(&self, endpoint: &str, hello: &FromAgent) -> End {
-        let channel = match connect(endpoint, client_tls(&self.identity)) {
+        let channel = match connect_session(endpoint, client_tls(&self.identity)) {
             Ok(channel) => channel,
             Err(error) => return End::Unreachable(error.to_string()),
         };
@@ -206,7 +209,35 @@ impl Session {
         tracing::info!(controller = endpoint, incarnation, "in session with the leader");
         self.hear(welcome, &mut None);
         self.outbox.reopen();
-        self.talk(&tell, &mut answers).await
+        tokio::select! {
+            end = self.talk(&tell, &mut answers) => end,
+            () = self.led_elsewhere(endpoint) => End::Lost("another controller leads, as it answers heartbeats".into()),
+        }
+    }
+
+    /// Returns when another controller than this one has said so and goes on to.
+    async fn led_elsewhere(&self, endpoint: &str) {
+        let here = addresses(endpoint).await;
+        let mut named = false;
+        let targets = self.heard.beat_targets.borrow().clone();
+        for target in targets {
+            named |= addresses(&target).await.iter().any(|address| here.contains(address));
+        }
+        if !named {
+            // Reached by an address that no heartbeat goes to: its answers come from another one.
+            return future::pending().await;
+        }
+        let elsewhere = |leader: &Option<SocketAddr>| leader.is_some_and(|leader| !here.contains(&leader));
+        let mut leader = self.leader.clone();
+        loop {
+            if leader.wait_for(elsewhere).await.is_err() {
+                return future::pending().await;
+            }
+            sleep(SURE).await;
+            if elsewhere(&leader.borrow()) {
+                return;
+            }
+        }
     }
 
     async fn talk(&self, tell: &mpsc::Sender<Frame>, answers: &mut Streaming<Frame>) -> End {
@@ -277,6 +308,10 @@ impl Session {
         let (hypervisor, capacity) = tokio::task::spawn_blocking(look).await.ok()?.ok()?;
         Some(FromAgent::Hello { version: env!("CARGO_PKG_VERSION").into(), address, underlay, hypervisor, capacity })
     }
+}
+
+async fn addresses(endpoint: &str) -> Vec<SocketAddr> {
+    lookup_host(endpoint).await.map(Vec::from_iter).unwrap_or_default()
 }
 
 fn frame(message: &FromAgent) -> Frame {

@@ -99,7 +99,7 @@ impl Controller {
                 seq: beat.seq,
                 nonce: guard.nonce(),
                 boottime_nanos: beat.boottime_nanos,
-                leader: true,
+                leader: self.0.leads.load(Ordering::SeqCst),
                 grant: self.0.granted(),
             };
             self.0.beats.lock().unwrap().push((verdict, beat));
@@ -319,6 +319,27 @@ async fn an_agent_finds_the_leader_fetches_runs_and_tells_again_what_was_not_ack
     first.0.end.notify_one();
     until("the second leader hears that it runs", || second.phases().contains(&Phase::Running)).await;
     assert_eq!((first.hellos(), second.hellos()), (1, 1));
+    agent.abort();
+}
+
+/// As when the leader's machine lost its power: nothing ends the stream.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_leaves_a_silent_leader_when_another_one_answers_its_heartbeats() {
+    let ca = CertificateAuthority::create("c").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let first = Controller::start(&ca, 1, assignment(vec![])).await;
+    let second = Controller::start(&ca, 2, assignment(vec![])).await;
+    second.0.leads.store(false, Ordering::SeqCst);
+    *second.0.leader.lock().unwrap() = first.0.address.to_string();
+    *first.0.targets.lock().unwrap() = vec![first.0.address.to_string(), second.0.address.to_string()];
+    let agent = start_agent(&ca, dir.path(), &[&first, &second]);
+    until("it is in session with the first", || first.hellos() == 1).await;
+    until("it beats at the second", || !second.0.beats.lock().unwrap().is_empty()).await;
+    first.0.leads.store(false, Ordering::SeqCst);
+    second.0.leads.store(true, Ordering::SeqCst);
+    until("it is in session with the second", || second.hellos() == 1).await;
+    sleep(2 * crate::session::SURE).await;
+    assert_eq!((first.hellos(), second.hellos()), (1, 1), "and stays there");
     agent.abort();
 }
 

@@ -16,7 +16,7 @@ use api::{
     client::{self, Client, Joined, LEADER_KEY, new_request_id},
     proto::{Frame, IssueJoinTokenRequest, node_session_client::NodeSessionClient},
     session::{FromAgent, MAX_FRAME_BYTES, NEWS_KEY, ToAgent, decode, encode},
-    tls::{Identity, client_tls, connect, make_key_and_csr},
+    tls::{Identity, client_tls, connect_session, make_key_and_csr},
 };
 use jepsen::{chance::Chance, cluster::PATIENCE};
 use model::{
@@ -141,7 +141,7 @@ impl Host {
         machines: &mut Machines,
         mut obeyed: watch::Receiver<bool>,
     ) -> Option<String> {
-        let channel = connect(endpoint, client_tls(&self.identity)).ok()?;
+        let channel = connect_session(endpoint, client_tls(&self.identity)).ok()?;
         let mut client = NodeSessionClient::new(channel).max_decoding_message_size(2 * MAX_FRAME_BYTES);
         let (tell, told) = mpsc::channel(FRAMES_UNDER_WAY);
         tell.send(Frame { body: encode(&self.hello).into() }).await.ok()?;
