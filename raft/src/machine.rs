@@ -29,8 +29,10 @@ use crate::{
     status::HashAt,
 };
 
-/// Entries under one hold of the lock: a few milliseconds, so that readers do not wait longer.
+/// Entries under one hold of the lock: some milliseconds, so that readers do not wait longer.
 const CHUNK_ENTRIES: usize = 512;
+/// A host's report of hundreds of machines is one entry and the work of hundreds; after a failover or a power cut all hosts have one.
+const CHUNK_BYTES: usize = 128 << 10;
 /// A hash is kept whenever the index is a multiple of this, so that replicas have hashes of the same indexes.
 const HASH_EVERY: u64 = 256;
 /// At 10,000 entries a second these cover three seconds of difference between two replicas.
@@ -205,11 +207,17 @@ impl RaftStateMachine<TypeConfig> for Machine {
     where
         S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
     {
-        let mut chunk = Vec::new();
+        let (mut chunk, mut bytes) = (Vec::new(), 0);
         while let Some(item) = entries.try_next().await? {
+            if let EntryPayload::Normal(encoded) = &item.0.payload {
+                bytes += encoded.0.len();
+            }
             chunk.push(item);
-            if chunk.len() >= CHUNK_ENTRIES {
+            if chunk.len() >= CHUNK_ENTRIES || bytes >= CHUNK_BYTES {
                 self.apply_chunk(&mut chunk)?;
+                bytes = 0;
+                // Heartbeats have been waiting for this thread.
+                tokio::task::yield_now().await;
             }
         }
         self.apply_chunk(&mut chunk)

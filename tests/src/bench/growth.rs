@@ -390,5 +390,12 @@ async fn fail_over(cluster: &mut Cluster, fleet: &Fleet) -> anyhow::Result<Failo
     fleet.in_new_session(4 * PATIENCE, &before).await?;
     let sessions_seconds = began.elapsed().as_secs_f64();
     cluster.settled(4 * PATIENCE).await?;
+    // Who was killed has all that was written meanwhile, or the next member that goes down would take the quorum along.
+    let leader = cluster.leader().await.context("nobody leads")?;
+    let reached = applied_by(cluster, leader).await?;
+    for controller in 0..cluster.size() {
+        let caught_up = async || applied_by(cluster, controller).await.is_ok_and(|index| index >= reached);
+        until("all members are where the leader was", 4 * PATIENCE, LOOK_AGAIN, caught_up).await?;
+    }
     Ok(Failover { write_millis, sessions_seconds })
 }
