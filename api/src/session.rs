@@ -1,7 +1,7 @@
 //! What flows in an agent's session (`NodeSession.Attach`), postcard-encoded in `Frame.body`.
 //!
 //! The agent opens with `Hello`; the controller answers `Welcome` with the incarnation of this session, then sends what is
-//! new of the assignment whenever its generation rises: `News` to an agent that says in the call's metadata that it
+//! new of the assignment whenever its generation rises or its tunnels change: `News` to an agent that says in the call's metadata that it
 //! understands them, and to others the whole `Assignment`. Reports carry a number; `Reported` answers after they are
 //! committed. A controller that is not the leader answers the call itself with a refusal that names the leader.
 

@@ -56,7 +56,7 @@ pub const PEER_NAME: &str = "localhost";
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A peer that vanished without a FIN is noticed within the sum of these two while a call is open.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
-/// Of a host's session, which is open all the time: thousands of these take a third of a core at the other interval, and heartbeats
+/// Of a host's session, which is open all the time: ten thousand of these took a fifth of a core at the other interval, and heartbeats
 /// tell sooner that the leader is another one.
 const SESSION_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(3);

@@ -5,7 +5,7 @@
 //!   agent ── Hello ──► leader: Attach enters the log ──► Welcome{incarnation}, Assignment
 //!         ── VmReports{n} ──► the log ──► Reported{n}
 //!         ── Stock, when the welcome asks for it, and only then:
-//!         ◄── News whenever the node's generation rises; the whole Assignment to an agent that knows no news
+//!         ◄── News whenever the node's generation rises or its tunnels change; the whole Assignment to an agent that knows no news
 //! ```
 //! It ends when this controller no longer leads, when a newer session of the same node begins, or when either side
 //! breaks it; the agent then finds the leader again.
