@@ -6,8 +6,10 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{arguments::Command, config::variable};
 
-/// openraft tells at `info` of every election timer that fires, a hundred times a second while a link is cut.
-const OF_A_SERVER: &str = "info,openraft=warn";
+/// openraft tells at `info` of every election timer that fires, a hundred times a second while a link is cut, and at `warn` of
+/// every entry and heartbeat that it cannot send to a member that is down: the leader says once that it does not answer.
+const OF_A_SERVER: &str = "info,openraft=warn,openraft::replication=error,\
+    openraft::engine::handler::replication_handler=error,openraft::core::heartbeat=error";
 
 /// A server logs at `info` unless `TREFOIL_LOG` says otherwise, for example `debug` or `raft=trace,info`; a client logs
 /// only when `TREFOIL_LOG` is set.

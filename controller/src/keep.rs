@@ -17,6 +17,9 @@ const PROBE: Duration = Duration::from_secs(2);
 pub(crate) async fn keep(core: &Core) {
     loop {
         sleep(PAUSE).await;
+        if let Err(error) = core.replica.settle_membership().await {
+            tracing::warn!(%error, "a change of the quorum's members is still half made");
+        }
         let members = core.replica.status().members;
         let (joined, removed) = core.replica.read(|state| {
             let (removed, joined): (Vec<_>, Vec<_>) =

@@ -66,7 +66,7 @@ impl Core {
 
     /// The cloud's time, as an entry that is made now would carry it.
     pub fn now(&self) -> Timestamp {
-        self.clock.read(self.machine.read(|state, _| state.now()))
+        self.clock.read(self.machine.now())
     }
 
     pub fn stopping(&self) -> bool {
@@ -126,7 +126,7 @@ impl Core {
     pub fn has_quorum(&self) -> bool {
         let lately = Duration::from_millis(2 * self.timing.election_max_millis) + BUSY;
         let acknowledged = self.raft.metrics().borrow_watched().last_quorum_acked;
-        self.voters().len() == 1 || acknowledged.is_none_or(|at| at.elapsed() <= lately)
+        acknowledged.is_none_or(|at| at.elapsed() <= lately) || self.voters().len() == 1
     }
 
     pub fn heard_from_leader(&self) {

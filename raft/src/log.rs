@@ -11,7 +11,12 @@ use openraft::{
     OptionalSend,
     storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage},
 };
-use storage::{log::Log, state::StateStore};
+use storage::{
+    failure::StorageError,
+    log::{Done, Log},
+    state::StateStore,
+};
+use tokio::sync::oneshot;
 
 use crate::dialect::{self, Entry, LogId, TypeConfig, Vote};
 use tail::Tail;
@@ -48,8 +53,12 @@ impl LogAdapter {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn synced(receiver: tokio::sync::oneshot::Receiver<io::Result<()>>) -> io::Result<()> {
-        receiver.await.unwrap_or_else(|_| Err(io::Error::other("the log's writer has stopped")))
+    /// Hands `write` what it has to call when it is durable, and waits for that.
+    async fn durable(&self, write: impl FnOnce(&Log, Done) -> Result<(), StorageError>) -> io::Result<()> {
+        let (done, synced) = oneshot::channel();
+        write(&self.log, Box::new(move |result| drop(done.send(result)))).map_err(io::Error::other)?;
+        let stopped = || io::Error::other("the log's writer has stopped");
+        synced.await.map_err(|_| stopped())?.map_err(io::Error::other)
     }
 }
 
@@ -94,10 +103,8 @@ impl RaftLogStorage<TypeConfig> for LogAdapter {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
-        let (done, receiver) = tokio::sync::oneshot::channel();
-        let done = Box::new(move |result: Result<(), _>| drop(done.send(result.map_err(io::Error::other))));
-        self.log.save_vote(&dialect::to_stored_vote(vote), done).map_err(io::Error::other)?;
-        Self::synced(receiver).await
+        let vote = dialect::to_stored_vote(vote);
+        self.durable(|log, done| log.save_vote(&vote, done)).await
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
@@ -123,7 +130,7 @@ impl RaftLogStorage<TypeConfig> for LogAdapter {
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
         let from = last.map_or(0, |id| id.index + 1);
         self.tail().truncate_from(from);
-        self.log.truncate_from(from).map_err(io::Error::other)
+        self.durable(|log, done| log.truncate_from(from, done)).await
     }
 
     async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {

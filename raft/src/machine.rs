@@ -6,11 +6,14 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
 };
 
 use futures::{Stream, TryStreamExt};
-use model::{NodeId, State, state::Change};
+use model::{NodeId, State, Timestamp, state::Change};
 use openraft::{
     EntryPayload, OptionalSend, RaftSnapshotBuilder,
     storage::{ApplyResponder, EntryResponder, RaftStateMachine},
@@ -52,6 +55,10 @@ struct Shared {
     feed: Feed,
     woken: Mutex<BTreeSet<NodeId>>,
     applied: watch::Sender<u64>,
+    /// The state's time in milliseconds and its feature level, for those who must not wait for the lock: what keeps this
+    /// replica a member runs on few threads.
+    now_millis: AtomicU64,
+    level: AtomicU32,
     on_failure: OnFailure,
     /// The highest feature level that this version knows.
     knows: u32,
@@ -93,10 +100,35 @@ impl Machine {
             snapshots,
             hashes: Mutex::new(hashes),
             applied: watch::Sender::new(index.unwrap_or(0)),
+            now_millis: AtomicU64::default(),
+            level: AtomicU32::default(),
             on_failure,
             knows,
         };
-        Ok(Self { shared: Arc::new(shared) })
+        let machine = Self { shared: Arc::new(shared) };
+        machine.read(|state, _| machine.note(state));
+        Ok(machine)
+    }
+
+    /// To be called while what `state` is of is held, for writing or before anybody else has it.
+    fn note(&self, state: &State) {
+        self.shared.now_millis.store(state.now().0, Ordering::Release);
+        self.shared.level.store(state.quorum().level, Ordering::Release);
+    }
+
+    /// The state's time, without waiting for what is being applied.
+    pub fn now(&self) -> Timestamp {
+        Timestamp(self.shared.now_millis.load(Ordering::Acquire))
+    }
+
+    /// The state's feature level, without waiting for what is being applied.
+    pub fn level(&self) -> u32 {
+        self.shared.level.load(Ordering::Acquire)
+    }
+
+    /// The applied index, without waiting for what is being applied.
+    pub fn applied(&self) -> u64 {
+        *self.shared.applied.borrow()
     }
 
     pub fn read<T>(&self, f: impl FnOnce(&State, u64) -> T) -> T {
@@ -166,6 +198,7 @@ impl Machine {
             gathered.take_rows(&mut view.state);
             batch.hash = view.state.hash();
             view.applied = Some(applied);
+            self.note(&view.state);
             self.woken().append(&mut view.state.take_woken());
         }
         let (rows, changes) = gathered.into_parts();
@@ -237,7 +270,13 @@ impl RaftStateMachine<TypeConfig> for Machine {
         let new = self.fail(view(loaded, self.shared.knows))?;
         let index = new.applied.map_or(0, |p| p.index);
         self.shared.feed.begin_again(&new.state, index);
-        *self.shared.view.write().unwrap_or_else(PoisonError::into_inner) = new;
+        let old = {
+            let mut view = self.shared.view.write().unwrap_or_else(PoisonError::into_inner);
+            self.note(&new.state);
+            std::mem::replace(&mut *view, new)
+        };
+        // A million rows take a while to be given back, and nobody waits for it.
+        drop(tokio::task::spawn_blocking(move || drop(old)));
         self.remember(Vec::new(), HashAt { index, hash });
         self.shared.applied.send_replace(index);
         tracing::info!(index, "installed a snapshot");

@@ -11,7 +11,7 @@ use std::{
 };
 
 use api::tls::PEER_NAME;
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream};
 use model::ControllerId;
 use openraft::{
     AnyError, BasicNode, OptionalSend, RaftNetworkFactory,
@@ -224,7 +224,13 @@ impl NetStreamAppend<TypeConfig> for Connection {
     {
         Box::pin(async move {
             let mut client = self.client(self.lane)?;
-            let frames = input.map(|request| wire::encode(&request));
+            // openraft waits between its attempts where the first request is made. A connection that is refused before
+            // anybody asked for one would be tried again at once, tens of thousands of times a second.
+            let mut input = input.map(|request| wire::encode(&request));
+            let Some(first) = input.next().await else {
+                return Ok(Box::pin(stream::empty()) as BoxStream<'s, _>);
+            };
+            let frames = stream::iter([first]).chain(input);
             let request = self.peers.signed(frames);
             let refused = |status| rpc_error(&self.peers.heed(self.id, status));
             let replies = client.append(request).await.map_err(refused)?.into_inner();

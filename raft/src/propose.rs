@@ -142,7 +142,7 @@ impl Core {
     /// Refuses what some member might not understand, and everything when this leader's contact with a majority is over:
     /// nothing that is appended now can be answered, so it is said at once.
     pub(super) fn may_lead(&self, command: &Command) -> Result<(), ProposeError> {
-        let at = self.machine.read(|state, _| state.quorum().level);
+        let at = self.machine.level();
         match command {
             Command::Operator(OperatorCommand::RaiseLevel { level }) if *level > self.knows => {
                 Err(ProposeError::Level { needs: *level, at: self.knows })
@@ -198,6 +198,6 @@ impl Attempt {
 }
 
 fn checked_size(proposal: &Proposal) -> Result<usize, ProposeError> {
-    let bytes = wire::to_bytes(proposal).len();
+    let bytes = wire::size(proposal);
     if bytes > MAX_ENTRY_BYTES { Err(ProposeError::TooLarge { bytes, limit: MAX_ENTRY_BYTES }) } else { Ok(bytes) }
 }

@@ -371,6 +371,19 @@ impl Replica {
         self.core.change(Change::Remove { id }).await
     }
 
+    /// Whether no change of members is half made: then a majority of [`Self::members`] that vote is enough.
+    pub fn membership_is_settled(&self) -> bool {
+        self.core.membership_is_settled()
+    }
+
+    /// As the leader: finishes a change of members that was left half made. Returns at once when there is none.
+    ///
+    /// # Errors
+    /// See [`MembershipError`].
+    pub async fn settle_membership(&self) -> Result<(), MembershipError> {
+        self.core.settle_membership().await
+    }
+
     /// Makes a voter the leader.
     ///
     /// # Errors
@@ -390,6 +403,8 @@ impl Replica {
     /// Hands leadership over if it can, then stops. What was acknowledged is on disk already. May be called again.
     pub async fn shutdown(&self) {
         if self.core.leadership_is_mine() && self.core.voters().len() > 1 {
+            // Between two memberships the rest may not be a majority of the earlier one, and nobody could lead.
+            self.core.within_elections(|| self.core.membership_is_settled()).await;
             match tokio::time::timeout(HAND_OVER_DEADLINE, self.core.hand_over()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "leadership was not handed over"),

@@ -1,6 +1,6 @@
 //! What a replica keeps an eye on by itself: who leads, whether consensus still runs, whether the replicas are equal.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use model::ControllerId;
 use openraft::{ServerState, async_runtime::WatchReceiver, errors::Fatal};
@@ -15,6 +15,8 @@ use crate::{
 const COMPARE_INTERVAL: Duration = Duration::from_secs(5);
 /// A member that does not report within this counts as unreachable.
 const REPORT_DEADLINE: Duration = Duration::from_secs(1);
+/// Consensus that ended without a word has so long to be seen as stopped on purpose.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Publishes who leads. `leading` follows when this leader has applied everything before its own first entry.
 pub async fn leadership_loop(core: SharedCore) {
@@ -49,18 +51,37 @@ pub async fn failure_loop(core: SharedCore) {
             return;
         }
         if metrics.changed().await.is_err() {
+            // So it ends when it panicked: the process would live on as a member that takes no part, and nobody would start
+            // it again. Where its runtime ends, this task does too, a moment later.
+            tokio::time::sleep(LAST_WORDS).await;
+            if !core.stopping() {
+                tracing::error!("consensus has ended on this controller");
+                let what = "consensus (it ended without a word): what it has on disk".to_owned();
+                (core.on_failure)(&storage::failure::StorageError::Damaged { what });
+            }
             return;
         }
     }
 }
 
-/// The leader compares the hashes of all members, again and again.
+/// The leader compares the hashes of all members, again and again, and says once who does not answer any more.
 pub async fn compare_loop(core: SharedCore) {
     let mut interval = tokio::time::interval(COMPARE_INTERVAL);
+    let mut silent = BTreeSet::new();
     loop {
         interval.tick().await;
-        if core.leadership().leading && core.members().len() > 1 {
-            core.survey().await;
+        if !core.leadership().leading {
+            silent.clear();
+            continue;
+        }
+        if core.members().len() > 1 {
+            for member in core.survey().await.members {
+                if !member.reachable && silent.insert(member.id) {
+                    tracing::warn!(controller = %member.id, address = member.address, "alert: a controller does not answer");
+                } else if member.reachable && silent.remove(&member.id) {
+                    tracing::info!(controller = %member.id, "a controller answers again");
+                }
+            }
         }
     }
 }
@@ -107,7 +128,7 @@ fn lead(core: &Core, term: u64) {
 impl Core {
     pub fn report(&self) -> Report {
         Report {
-            applied: self.machine.read(|_, index| index),
+            applied: self.machine.applied(),
             hashes: self.machine.hashes(),
             matched: self.matched().into_iter().collect(),
             version: env!("CARGO_PKG_VERSION").into(),

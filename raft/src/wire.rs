@@ -1,6 +1,7 @@
 //! What controllers say to each other, as postcard in the frames of `proto/raft.proto`.
 
 use openraft::raft::{SnapshotResponse, TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse};
+use postcard::ser_flavors::Size;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use storage::snapshot::Manifest;
 use tonic::Status;
@@ -57,6 +58,11 @@ pub fn encode<T: Serialize>(message: &T) -> Frame {
 
 pub fn to_bytes<T: Serialize>(message: &T) -> Vec<u8> {
     postcard::to_stdvec(message).expect("no message has a type that postcard refuses")
+}
+
+/// Of what [`to_bytes`] would make.
+pub fn size<T: Serialize>(message: &T) -> usize {
+    postcard::serialize_with_flavor(message, Size::default()).expect("no message has a type that postcard refuses")
 }
 
 /// `None` unless the bytes are exactly one value.

@@ -6,8 +6,8 @@
 //! ```text
 //! append: encode, write (readable now) ──► queue ──► writer: one flush_wal(sync) for all that queued ──► callbacks
 //! ```
-//! Not synced on their own: `committed` (a hint for the restart) and a truncation or purge (the order within RocksDB's
-//! write-ahead log puts them before whatever is synced next).
+//! Not synced on their own: `committed` (a hint for the restart) and a purge (the order within RocksDB's write-ahead log
+//! puts it before whatever is synced next).
 
 use std::{
     ops::Range,
@@ -149,14 +149,16 @@ impl Log {
         self.write(batch)
     }
 
-    /// Deletes the entries from `index` on: they conflict with what the leader has.
+    /// Deletes the entries from `index` on: they conflict with what the leader has. Durable when `done` is called, which
+    /// is to be waited for: what takes their place may be in the state tables on disk before it is in the log's.
     ///
     /// # Errors
     /// As [`Self::append`].
-    pub fn truncate_from(&self, index: u64) -> Result<(), StorageError> {
+    pub fn truncate_from(&self, index: u64, done: Done) -> Result<(), StorageError> {
         let mut batch = WriteBatch::default();
         batch.delete_range_cf(self.inner.table.entries(), index.to_be_bytes(), u64::MAX.to_be_bytes());
-        self.write(batch)
+        self.write(batch)?;
+        self.sync(done)
     }
 
     /// Deletes the entries up to `upto`, which the state tables have on disk: `flushed` is the proof of it.

@@ -93,15 +93,16 @@ impl SnapshotStore {
                 continue;
             };
             let found = Snapshot::held(path, manifest);
+            // From here on, so that an error of another entry does not cost the one that is good.
+            found.inner.keep.store(true, Ordering::SeqCst);
             let (older, newer) = match best.take() {
                 Some(other) if other.manifest().applied > found.manifest().applied => (Some(found), other),
                 other => (other, found),
             };
-            drop(older);
+            if let Some(older) = older {
+                older.inner.keep.store(false, Ordering::SeqCst);
+            }
             best = Some(newer);
-        }
-        if let Some(snapshot) = &best {
-            snapshot.inner.keep.store(true, Ordering::SeqCst);
         }
         let inner = Inner { path: path.into(), next: AtomicU64::new(last_number + 1), current: Mutex::new(best) };
         Ok(Self { inner: Arc::new(inner) })

@@ -182,7 +182,10 @@ impl StateStore {
     /// # Errors
     /// When the disk fails, after the failure handler was called.
     pub fn checkpoint(&self, path: &Path) -> Result<Marks, StorageError> {
-        self.guard(self.tables().checkpoint(path))
+        let marks = self.guard(self.tables().checkpoint(path))?;
+        // It flushed the tables to link them, and the marks are read from what is on disk: a purge need not flush again.
+        self.inner.flushed_next.fetch_max(next_index(marks.applied), Ordering::SeqCst);
+        Ok(marks)
     }
 
     /// Replaces the tables by a received snapshot: a new directory, loaded and checked, then named in `DATA/CURRENT`.

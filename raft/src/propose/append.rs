@@ -91,7 +91,7 @@ async fn append_batch(core: SharedCore, batch: Vec<Append>, turn: OwnedSemaphore
     let (proposals, answers): (Vec<_>, Vec<_>) =
         batch.into_iter().map(|append| (append.proposal, append.answer)).unzip();
     let answered = async {
-        // One time for the whole batch: to ask for it takes the state's lock.
+        // One time for the whole batch.
         let now = core.now();
         let entries: Vec<_> = proposals.into_iter().map(|proposal| proposal.stamped(now)).collect();
         let Ok(mut outcomes) = core.raft.client_write_many(entries).await else {

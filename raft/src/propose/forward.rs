@@ -5,7 +5,7 @@ use std::sync::Arc;
 use model::ControllerId;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
-    time::Instant,
+    time::{Instant, timeout_at},
 };
 
 use super::{Attempt, IN_FLIGHT_UNITS, Proposal};
@@ -44,10 +44,12 @@ impl Core {
     ) -> Attempt {
         let (answer, outcome) = oneshot::channel();
         let forward = Forward { leader, proposal, bytes, deadline, answer };
-        if self.forwards.send(forward).await.is_err() {
-            return Attempt::Refused(ProposeError::Stopped);
+        match timeout_at(deadline, self.forwards.send(forward)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Attempt::Refused(ProposeError::Stopped),
+            Err(_) => return Attempt::NotProposed,
         }
-        match tokio::time::timeout_at(deadline, outcome).await {
+        match timeout_at(deadline, outcome).await {
             Ok(Ok(attempt)) => attempt,
             Ok(Err(_)) | Err(_) => Attempt::Unknown,
         }
@@ -86,8 +88,10 @@ pub async fn forward_loop(core: SharedCore, mut queue: mpsc::Receiver<Forward>) 
     }
 }
 
-async fn send_batch(core: SharedCore, batch: Vec<Forward>, _call: OwnedSemaphorePermit) {
-    let leader = batch[0].leader;
+async fn send_batch(core: SharedCore, mut batch: Vec<Forward>, _call: OwnedSemaphorePermit) {
+    // Who does not wait any more has called it unknown; it need not be done.
+    batch.retain(|forward| !forward.answer.is_closed());
+    let Some(leader) = batch.first().map(|forward| forward.leader) else { return };
     let until = batch.iter().map(|forward| forward.deadline).max().unwrap_or_else(Instant::now);
     let wait = until.saturating_duration_since(Instant::now());
     let (proposals, answers): (Vec<_>, Vec<_>) = batch.into_iter().map(|f| (f.proposal, f.answer)).unzip();

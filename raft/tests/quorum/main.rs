@@ -1,6 +1,7 @@
 //! What a quorum promises while its members die, come back, lose their disks and hand over.
 
 mod apart;
+mod cut_short;
 mod support;
 
 use std::time::{Duration, Instant};

@@ -65,7 +65,9 @@ fn everything_acknowledged_is_there_after_a_restart() {
         log.save_vote(&vote, Box::new(move |result| done.send(result).unwrap())).unwrap();
         synced.recv().unwrap().unwrap();
         log.save_committed(Some(at(8))).unwrap();
-        log.truncate_from(9).unwrap();
+        let (done, synced) = channel();
+        log.truncate_from(9, Box::new(move |result| done.send(result).unwrap())).unwrap();
+        synced.recv().unwrap().unwrap();
         append(&log, 9..12);
     }
     let log = Log::open(&path, returning()).unwrap();
