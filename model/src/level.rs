@@ -10,15 +10,20 @@
 //! | 1 | 0.1.0 | the beginning |
 //! | 2 | 0.1.0 | refounding: a quorum made from a backup or from one survivor, and hosts that say what they hold |
 //! | 3 | 0.1.0 | a change of tunnels alone gives a host's row no new generation |
+//! | 4 | 0.1.0 | what could leave a machine with a second copy, a blank disk or too few backups is decided with more care |
 
 use crate::{Command, NodeCommand, OperatorCommand, PlannerCommand};
 
 /// The lowest level that this version can work at: its predecessor's.
 pub const OLDEST: u32 = 1;
 /// The highest level that this version knows.
-pub const LATEST: u32 = 3;
+pub const LATEST: u32 = 4;
 /// From here on hosts whose tunnels alone change are woken, and their rows stay as they are.
 pub(crate) const QUIET_TUNNELS: u32 = 3;
+/// From here on: a host that does not hold a machine when the cloud was refounded does not make it anew, a move is not given up
+/// while such a host is awaited, a machine that may still run on a lost host is not made exclusive, a backup on lost hosts alone
+/// does not count as safe, and what hosts and tenants say in numbers and keys is bounded.
+pub(crate) const CAREFUL: u32 = 4;
 
 impl Command {
     /// The level at which it came to be.

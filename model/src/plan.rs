@@ -24,6 +24,9 @@ const PLACED: usize = 8192;
 /// Machines that wait whom one plan looks at.
 const LOOKED_AT: usize = 2 * PLACED;
 
+/// The golden ratio of 2^64: multiples of it, taken modulo anything, fall everywhere.
+const SCATTER: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// A node that lost its copy of an image, or could not get it, is asked again after this time when no other can hold
 /// it: whatever ailed it (a full disk, a bad one) has had time to be seen to.
 const REPLICA_PAUSE_MILLIS: u64 = 10 * 60_000;
@@ -197,7 +200,15 @@ fn replicate(state: &State, telemetry: &Telemetry, now: Timestamp) -> Vec<Planne
         let (.., std::cmp::Reverse(node)) = state.nodes().values().filter_map(rank).max()?;
         Some(PlannerCommand::AddReplica { image: *id, node })
     };
-    state.index.thin_images.iter().take(BATCH).filter_map(judge).collect()
+    // Of some nothing can be done: there are fewer hosts than copies wanted, or who had the only one is gone. So that they do not
+    // stand before the others for ever, looks begin elsewhere as time goes on.
+    let thin = &state.index.thin_images;
+    let first = if thin.len() > BATCH {
+        ImageId(now.0.wrapping_mul(SCATTER) % (state.cluster().last_image + 1))
+    } else {
+        ImageId(0)
+    };
+    thin.range(first..).chain(thin.range(..first)).take(BATCH).filter_map(judge).collect()
 }
 
 /// The nodes that should receive a new image, best first: up, and with the most free disk for its size.

@@ -89,7 +89,7 @@ impl Cidr {
         Ipv4Addr::from(u32::from(self.first) + 1)
     }
     pub fn broadcast(self) -> Ipv4Addr {
-        Ipv4Addr::from(u32::from(self.first) + self.size() - 1)
+        Ipv4Addr::from(u32::from(self.first) + (self.size() - 1))
     }
     pub fn netmask(self) -> Ipv4Addr {
         Ipv4Addr::from(!(self.size() - 1))

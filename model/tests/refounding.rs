@@ -60,6 +60,24 @@ impl Cloud {
         cloud
     }
 
+    /// As [`Self::refounded`], with `web` known to have run; and at the latest level.
+    fn refounded_with_web() -> Self {
+        let mut cloud = Self::new();
+        cloud.done(Command::Operator(OperatorCommand::RaiseLevel { level: level::LATEST }));
+        cloud.web_runs();
+        cloud.index = EPOCH * INDICES_PER_SECOND;
+        assert_eq!(cloud.refound(EPOCH), Ok(Reply::Controller(ControllerId(11))));
+        cloud
+    }
+
+    fn web_runs(&mut self) {
+        let (incarnation, reason) = (self.state.nodes().get(&ALPHA).unwrap().incarnation, String::new());
+        let (vm, epoch) = (VmId(1), self.placed(1).unwrap().1);
+        let report =
+            command::VmReport { vm, epoch, attempt: 0, phase: Phase::Running, rebooted: 0, reason, retry: false };
+        self.done(Command::Node(NodeCommand::ReportVms { node: ALPHA, incarnation, reports: vec![report] }));
+    }
+
     fn refound(&mut self, epoch: u64) -> Applied {
         let (name, address) = ("eleven".into(), "192.0.2.11:7470".into());
         let operator = Some(("root".into(), Digest([8; 32])));
@@ -70,7 +88,8 @@ impl Cloud {
     fn apply(&mut self, command: Command) -> Applied {
         self.index += 1;
         let actor = match &command {
-            Command::Node(NodeCommand::Attach { node, .. } | NodeCommand::TakeStock { node, .. }) => Actor::Node(*node),
+            Command::Node(NodeCommand::Attach { node, .. } | NodeCommand::TakeStock { node, .. })
+            | Command::Node(NodeCommand::ReportVms { node, .. }) => Actor::Node(*node),
             Command::Planner(_) => Actor::System,
             _ => Actor::User { name: "root".into(), role: Role::Operator },
         };
@@ -250,4 +269,58 @@ fn a_guest_that_is_spared_and_every_image_are_left_alone() {
     assert!(told(&cloud).is_empty(), "{:?}", told(&cloud));
     cloud.done(Command::Operator(OperatorCommand::EndRefounding));
     assert!(told(&cloud).iter().any(|step| step.contains("vm-3")), "{:?}", told(&cloud));
+}
+
+#[test]
+fn what_a_host_does_not_hold_any_more_is_not_made_anew_there() {
+    let mut cloud = Cloud::refounded_with_web();
+    let old = cloud.placed(1).unwrap().1;
+    // It was moved to the other host since, or deleted.
+    assert_eq!(cloud.says(ALPHA, &[]), Ok(Reply::Done));
+    let web = cloud.state.vms().get(&VmId(1)).unwrap();
+    assert_eq!((web.placement, web.status()), (None, Status::Failed), "{}", web.reason);
+    assert!(cloud.state.assignment(ALPHA).unwrap().vms.is_empty(), "or it would boot on a blank disk");
+    assert!(!cloud.planned().iter().any(|line| line.starts_with("place vm-1")), "{:?}", cloud.planned());
+
+    assert_eq!(cloud.says(BETA, &[(1, old + 100)]), Ok(Reply::Done));
+    let web = cloud.state.vms().get(&VmId(1)).unwrap();
+    assert_eq!((cloud.placed(1), web.status()), (Some((BETA, old + 100)), Status::Running));
+    assert_eq!((web.loss, web.restored_from), (None, None), "nothing was lost");
+}
+
+#[test]
+fn what_a_host_holds_stays_where_it_is() {
+    let mut cloud = Cloud::refounded_with_web();
+    let placed = cloud.placed(1).unwrap();
+    assert_eq!(cloud.says(ALPHA, &[(1, placed.1)]), Ok(Reply::Done));
+    assert_eq!((cloud.placed(1), cloud.state.assignment(ALPHA).unwrap().vms.len()), (Some(placed), 1));
+}
+
+#[test]
+fn a_move_that_may_have_been_handed_over_is_not_given_up_before_its_other_host_has_spoken() {
+    let mut cloud = Cloud::new();
+    cloud.done(Command::Operator(OperatorCommand::RaiseLevel { level: level::LATEST }));
+    cloud.web_runs();
+    cloud.done(Command::Operator(OperatorCommand::MigrateVm { vm: VmId(1), to: BETA }));
+    cloud.index = EPOCH * INDICES_PER_SECOND;
+    assert_eq!(cloud.refound(EPOCH), Ok(Reply::Controller(ControllerId(11))));
+    let (_, old) = cloud.placed(1).unwrap();
+    assert_eq!(cloud.says(ALPHA, &[(1, old)]), Ok(Reply::Done));
+    let moves = |cloud: &Cloud| cloud.state.vms().get(&VmId(1)).unwrap().is_moving();
+
+    let incarnation = cloud.state.nodes().get(&BETA).unwrap().incarnation;
+    cloud.done(Command::Planner(PlannerCommand::DeclareLost { node: BETA, incarnation }));
+    assert!(moves(&cloud), "the other host may have it");
+    let cancelled = cloud.apply(Command::Operator(OperatorCommand::CancelMigration { vm: VmId(1) }));
+    assert!(matches!(cancelled, Err(Rejection::Halted(_))), "{cancelled:?}");
+    cloud.index += 1 << 40;
+    cloud.done(Command::Planner(PlannerCommand::ExpireVm { vm: VmId(1) }));
+    assert!(moves(&cloud));
+
+    let mut removed = Cloud { state: cloud.state.clone(), index: cloud.index };
+    removed.done(Command::Operator(OperatorCommand::RemoveNode { node: BETA, force: true }));
+    assert!(!moves(&removed), "who is removed is not waited for");
+
+    assert_eq!(cloud.says(BETA, &[(1, old + 100)]), Ok(Reply::Done));
+    assert_eq!((cloud.placed(1), moves(&cloud)), (Some((BETA, old + 100)), false));
 }

@@ -6,6 +6,8 @@ use model::{
     *,
 };
 
+#[path = "refusals/careful.rs"]
+mod careful;
 #[path = "refusals/chains.rs"]
 mod chains;
 #[path = "refusals/moves.rs"]

@@ -1,6 +1,6 @@
 //! What is true on the hosts, asked after every tick, whatever anybody believes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use model::{Capacity, MigrationStage, NodeId, NodeState, Placement, VmId, Wanted};
 
@@ -34,6 +34,13 @@ fn running(cloud: &Cloud) -> impl Iterator<Item = (NodeId, VmId, &Guest)> {
 fn no_exclusive_machine_runs_twice(cloud: &Cloud) -> Result<(), String> {
     let mut hosts: BTreeMap<VmId, (NodeId, u64)> = BTreeMap::new();
     let mut addresses: BTreeMap<(u32, u32), VmId> = BTreeMap::new();
+    // Nor does one that was available, ran twice, and must not any more: before level 4 nobody saw to that.
+    let exclusive: BTreeSet<VmId> = running(cloud).filter(|(.., guest)| guest.exclusive).map(|(_, vm, _)| vm).collect();
+    let careful = cloud.around.quorum.state.quorum().level >= 4;
+    let others = running(cloud).filter(|(_, vm, guest)| careful && !guest.exclusive && exclusive.contains(vm));
+    if let Some((host, vm, guest)) = others.into_iter().next() {
+        return Err(format!("{vm} is exclusive, and runs on {host} as available at epoch {}", guest.epoch));
+    }
     for (host, vm, guest) in running(cloud).filter(|(.., guest)| guest.exclusive) {
         if let Some((other, epoch)) = hosts.insert(vm, (host, guest.epoch)) {
             return Err(format!("{vm} runs on {other} at epoch {epoch} and on {host} at epoch {}", guest.epoch));

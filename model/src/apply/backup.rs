@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Applied, Moment, check};
+use super::{Applied, Moment, check, image::MOST_BYTES};
 use crate::{
-    Backups, Image, ImageFormat, ImageId, Loss, NodeId, Phase, Rejection, ReplicaState, Reply, Resource, State,
-    Timestamp, Vm, VmId,
+    Backups, Image, ImageFormat, ImageId, Loss, NodeId, NodeState, Phase, Rejection, ReplicaState, Reply, Resource,
+    State, Timestamp, Vm, VmId,
     command::{BackupMade, BackupReport, Noun},
     noun::BackupOf,
     setting,
@@ -89,8 +89,12 @@ impl State {
 
     /// The bytes are on the machine's own host; copies follow as for any image.
     fn keep_backup(&mut self, m: Moment, vm: &Vm, node: NodeId, made: &BackupMade) -> Result<(), Rejection> {
+        if self.is_careful() {
+            check::between("size_bytes", made.size_bytes, 1, MOST_BYTES)?;
+            check::between("virtual_bytes", made.virtual_bytes, 1, MOST_BYTES)?;
+        }
         let owner = self.tenants.get(&vm.tenant).ok_or_else(|| check::missing(Noun::Tenant, vm.tenant))?;
-        let (limit, used) = (owner.quota.image_bytes, self.usage(vm.tenant).image_bytes);
+        let (limit, used) = (self.limit(owner.quota.image_bytes), self.usage(vm.tenant).image_bytes);
         if used.saturating_add(made.size_bytes) > limit {
             let (tenant, what) = (owner.name.clone(), "bytes of images".into());
             return Err(Rejection::Quota { tenant, what, limit, used, asked: made.size_bytes });
@@ -160,7 +164,10 @@ impl State {
     /// The disk of a machine is lost with its host: its next one is made from the newest backup that is safe elsewhere.
     pub(super) fn lose_disk(&self, m: Moment, vm: &mut Vm) {
         if let Some(placement) = vm.placement.filter(|_| vm.existed) {
-            let backup = self.safe_backup(vm).and_then(|image| Some((image.id, image.backup?.taken_at)));
+            // One that only lost hosts have is waited for rather than none used.
+            let of_lost = || self.backups_of(vm.id).rev().find(|image| self.is_elsewhere(image, vm, |_| true));
+            let backup =
+                self.safe_backup(vm).or_else(of_lost).and_then(|image| Some((image.id, image.backup?.taken_at)));
             vm.restored_from = backup.map(|(image, _)| image);
             vm.loss = Some(Loss { node: placement.node, at: m.now, data_from: backup.map(|(_, taken_at)| taken_at) });
         }
@@ -168,11 +175,17 @@ impl State {
         vm.backups.answered = vm.backups.asked;
     }
 
-    /// Its bytes, and those that it stands on, are, verified, on other hosts than the machine.
+    /// Its bytes, and those that it stands on, are, verified, on other hosts than the machine, which are not lost.
     fn is_safe(&self, image: &Image, vm: &Vm) -> bool {
+        let there = |node: NodeId| self.nodes.get(&node).is_some_and(|node| node.state != NodeState::Lost);
+        self.is_elsewhere(image, vm, |node| !self.is_careful() || there(node))
+    }
+
+    fn is_elsewhere(&self, image: &Image, vm: &Vm, counts: impl Fn(NodeId) -> bool) -> bool {
         let own = vm.placement.map(|placement| placement.node);
-        let elsewhere =
-            |(node, replica): (&NodeId, &ReplicaState)| *replica == ReplicaState::Good && Some(*node) != own;
+        let elsewhere = |(node, replica): (&NodeId, &ReplicaState)| {
+            *replica == ReplicaState::Good && Some(*node) != own && counts(*node)
+        };
         self.chain(image).all(|link| link.replicas.iter().any(elsewhere))
     }
 }

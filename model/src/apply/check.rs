@@ -79,6 +79,12 @@ pub(super) fn ssh_keys(keys: &[String]) -> Result<(), Rejection> {
     Ok(())
 }
 
+/// Of all keys of a machine: its host is told of them, and of all its machines in one message.
+pub(super) fn ssh_keys_together(keys: &[String]) -> Result<(), Rejection> {
+    let bytes = keys.iter().map(String::len).sum::<usize>();
+    between("ssh_keys (bytes together)", bytes as u64, 0, 16 << 10)
+}
+
 pub(super) fn user_data(text: &str) -> Result<(), Rejection> {
     let odd = |c: char| c.is_control() && !matches!(c, '\n' | '\r' | '\t');
     if text.len() > MAX_USER_DATA_BYTES || text.chars().any(odd) {

@@ -16,7 +16,7 @@ pub(super) struct File {
 }
 
 /// Larger than any disk a host has; keeps sums far from overflow.
-const MOST_BYTES: u64 = 1 << 50;
+pub(super) const MOST_BYTES: u64 = 1 << 50;
 
 impl State {
     pub(super) fn import_image(
@@ -73,7 +73,7 @@ impl State {
         if self.image_named(tenant, name).is_some() {
             return Err(check::exists(Noun::Image, name));
         }
-        let (limit, used) = (owner.quota.image_bytes, self.usage(tenant).image_bytes);
+        let (limit, used) = (self.limit(owner.quota.image_bytes), self.usage(tenant).image_bytes);
         if used.saturating_add(size_bytes) > limit {
             let (tenant, what) = (owner.name.clone(), "bytes of images".into());
             return Err(Rejection::Quota { tenant, what, limit, used, asked: size_bytes });

@@ -38,6 +38,9 @@ impl State {
             return Err(Rejection::Stale(format!("{} is {}; it is not being moved", vm.name, vm.status())));
         }
         let mut vm = vm.clone();
+        if self.hand_over_may_be_unknown(&vm) {
+            return Err(Rejection::Halted(self.refounding_is_open().unwrap_or_default()));
+        }
         self.give_up_move(m.now, &mut vm, "an operator cancelled it");
         self.put_vm(vm);
         Ok(Reply::Vm(id))
@@ -104,6 +107,8 @@ impl State {
                 MoveOutcome::Arrived if node == to.node => migration.arrived = true,
                 // Nobody runs it, and nothing of it is missing over there.
                 MoveOutcome::Nothing if node == source.node => (migration.left, migration.arrived) = (true, true),
+                // Its source may only not have found the destination, which has it.
+                MoveOutcome::Failed(_) if node == source.node && self.hand_over_may_be_unknown(&vm) => continue,
                 MoveOutcome::Failed(reason) if node == source.node || node == to.node => {
                     let why = format!("{}: {reason}", self.node_name(node));
                     self.give_up_move(m.now, &mut vm, &why);
@@ -174,12 +179,21 @@ impl State {
         }
     }
 
+    /// Since what a refounded quorum knows of it, the machine may have been handed over to a host that has not said yet what it
+    /// holds. The one that it came from keeps it off; to tell it that nothing moves would let it run there as well.
+    pub(super) fn hand_over_may_be_unknown(&self, vm: &Vm) -> bool {
+        self.is_careful() && vm.migration.is_some_and(|migration| self.awaits(migration.other.node))
+    }
+
     /// A host is lost or removed: whatever moves had there is not waited for.
     pub(super) fn forget_moves(&mut self, now: Timestamp, node: NodeId) {
         let ids: Vec<VmId> = self.others_on_node(node).map(|vm| vm.id).collect();
         for id in ids {
             let Some(mut vm) = self.vms.get(&id).cloned() else { continue };
             let moving = vm.is_moving();
+            if moving && self.hand_over_may_be_unknown(&vm) {
+                continue;
+            }
             vm.migration = None;
             if moving {
                 note_failure(now, &mut vm, &format!("{} was lost", self.node_name(node)));

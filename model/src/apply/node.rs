@@ -130,6 +130,7 @@ impl State {
         if machines.len() + others > 0 && !force {
             return Err(check::in_use(Noun::Node, &name, format!("{} machines are on it", machines.len() + others)));
         }
+        self.await_no_more(id);
         self.forget_moves(m.now, id);
         for mut vm in machines {
             if vm.ghost || vm.wanted == Wanted::Deleted {
@@ -155,7 +156,6 @@ impl State {
             self.renumber_fetchers(changed);
         }
         self.remove_node(id);
-        self.await_no_more(id);
         Ok(Reply::Done)
     }
 

@@ -101,6 +101,11 @@ impl State {
             self.put_vm(vm);
             return Ok(Reply::Done);
         }
+        if vm.is_moving() && self.hand_over_may_be_unknown(&vm) {
+            vm.deadline = Some(m.now.plus_millis(self.setting(setting::CHANGE_DEADLINE)));
+            self.put_vm(vm);
+            return Ok(Reply::Done);
+        }
         if vm.is_moving() {
             let why = format!("it was not done within {late} s");
             self.give_up_move(m.now, &mut vm, &why);

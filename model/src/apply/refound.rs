@@ -8,7 +8,7 @@
 use super::{Applied, Moment, check};
 use crate::{
     Controller, ControllerId, Digest, Held, INDICES_PER_SECOND, Node, NodeId, NodeState, Noun, Phase, Quorum,
-    Refounding, Rejection, Reply, Role, State, User, Vm, VmId, setting,
+    Refounding, Rejection, Reply, Role, State, User, Vm, VmId, Wanted, level, setting,
 };
 
 /// Ids, MAC addresses and VNIs that are left out: more than any cloud makes between two backups. A quorum that was
@@ -38,6 +38,10 @@ impl State {
     /// Whether this host has to say what it holds before it is told what it should be.
     pub fn awaits(&self, node: NodeId) -> bool {
         self.quorum().refounding.as_ref().is_some_and(|open| open.awaited.contains(&node))
+    }
+
+    pub(super) fn is_careful(&self) -> bool {
+        self.quorum().level >= level::CAREFUL
     }
 
     pub(super) fn raise_level(&mut self, to: u32) -> Applied {
@@ -143,6 +147,9 @@ impl State {
                 Some(_) => {}
             }
         }
+        if self.is_careful() {
+            self.miss_guests(m, node, guests);
+        }
         let mut awaited = open.awaited;
         awaited.remove(&node);
         self.put_quorum(Quorum { refounding: Some(Refounding { awaited, orphans, ..open }), ..self.quorum().clone() });
@@ -151,12 +158,36 @@ impl State {
         Ok(Reply::Done)
     }
 
+    /// What is known to be on this host, and is not, was deleted, moved or recovered elsewhere since. Its host would make it anew
+    /// from its first image, beside the one that another may hold; so it is nowhere until that one is heard of, or its owner
+    /// asks for it.
+    fn miss_guests(&mut self, m: Moment, node: NodeId, guests: &[(VmId, Held)]) {
+        let held = |vm: VmId, epoch: u64| guests.iter().any(|(id, held)| *id == vm && held.epoch == epoch);
+        // Where a move is not over, either of two hosts may have it, and one that arrived is not told of.
+        let gone = |vm: &&Vm| {
+            let placed = vm.placement.is_some_and(|placement| !held(vm.id, placement.epoch));
+            placed && vm.existed && vm.migration.is_none() && !vm.ghost && vm.wanted != Wanted::Deleted
+        };
+        let gone: Vec<Vm> = self.vms_on_node(node).filter(gone).cloned().collect();
+        for mut vm in gone {
+            self.lose_disk(m, &mut vm);
+            (vm.placement, vm.phase) = (None, Some(Phase::Failed));
+            vm.reason = format!("{} did not have it any more when the cloud was refounded", self.node_name(node));
+            (vm.deadline, vm.retry_at, vm.changed_at) = (None, None, m.now);
+            self.meter_vm(m.now, &vm);
+            self.put_vm(vm);
+        }
+    }
+
     /// The host has it by a placement that was made after what this quorum knows.
     fn adopt_vm(&mut self, m: Moment, mut vm: Vm, node: NodeId, held: Held) {
         vm.placement = Some(crate::Placement { node, epoch: held.epoch });
         vm.phase = Some(held.phase);
-        // Whatever move was under way, it ended here.
+        // Whatever move was under way, it ended here; and its disk was not lost.
         vm.migration = None;
+        if self.is_careful() {
+            (vm.loss, vm.restored_from) = (None, None);
+        }
         (vm.existed, vm.rebooted) = (true, vm.reboots);
         vm.backups.answered = vm.backups.asked;
         (vm.attempts, vm.retry_at, vm.changed_at) = (0, None, m.now);

@@ -1,11 +1,11 @@
 //! What owners do with machines: create, power, reboot, delete.
 
-use std::net::Ipv4Addr;
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use super::{Applied, Moment, check};
 use crate::{
-    Backups, Capacity, ImageId, Mac, Network, NetworkId, Nic, Noun, Phase, Recovery, Rejection, Reply, State, Status,
-    TenantId, Timestamp, Vm, VmId, Wanted, setting,
+    Backups, Capacity, ImageId, Mac, Network, NetworkId, Nic, NodeState, Noun, Phase, Recovery, Rejection, Reply,
+    State, Status, TenantId, Timestamp, Vm, VmId, Wanted, setting,
 };
 
 pub(super) struct Order<'a> {
@@ -26,6 +26,9 @@ impl State {
         check::label("name", order.name)?;
         check::not_an_id::<VmId>("name", order.name)?;
         check::ssh_keys(order.ssh_keys)?;
+        if self.is_careful() {
+            check::ssh_keys_together(order.ssh_keys)?;
+        }
         check::user_data(order.user_data)?;
         let owner = self.visible_tenant(m, tenant)?;
         if self.vm_named(tenant, order.name).is_some() {
@@ -110,9 +113,32 @@ impl State {
                 vm.status()
             )));
         }
+        if becomes_exclusive && self.is_careful() {
+            self.may_be_exclusive(&vm)?;
+        }
         (vm.recovery, vm.priority, vm.request) = (recovery, priority, m.request);
         self.put_vm(vm);
         Ok(Reply::Vm(id))
+    }
+
+    /// One that was available until now may run on, without a lease, on a host that was lost; and a lease is nothing where the
+    /// clock is not believed.
+    fn may_be_exclusive(&self, vm: &Vm) -> Result<(), Rejection> {
+        let lost = vm.loss.and_then(|loss| self.nodes.get(&loss.node)).filter(|node| node.state == NodeState::Lost);
+        if let Some(node) = lost {
+            return Err(Rejection::Stale(format!(
+                "{} may still run on {}, which is lost; it can be made exclusive when that node is back, or removed",
+                vm.name, node.name
+            )));
+        }
+        let host = vm.placement.and_then(|placement| self.nodes.get(&placement.node));
+        if let Some(node) = host.filter(|node| node.clock_drifts) {
+            return Err(Rejection::Stale(format!(
+                "{} is on {}, whose clock drifts; a lease cannot be counted there, so it cannot be made exclusive",
+                vm.name, node.name
+            )));
+        }
+        Ok(())
     }
 
     pub(super) fn reboot_vm(&mut self, m: Moment, id: VmId) -> Applied {
@@ -216,6 +242,7 @@ impl State {
             ("bytes of disk", quota.size.disk_bytes, used.size.disk_bytes, asked.disk_bytes),
         ];
         for (what, limit, used, asked) in rows {
+            let limit = self.limit(limit);
             if used.saturating_add(asked) > limit {
                 return Err(Rejection::Quota { tenant: name.into(), what: what.into(), limit, used, asked });
             }
@@ -228,9 +255,12 @@ impl State {
         let first = u32::from(network.range.first) + 2;
         let last = u32::from(network.range.broadcast());
         let Some(used) = self.index.addresses.get(&network.id) else { return Ok(first.into()) };
-        // Used addresses are in order, so the first gap is where the count and the address part ways.
-        let mut candidate = first;
-        for address in used.keys() {
+        // Used addresses are in order, so the first gap is where the count and the address part ways: after the last one
+        // when there is none, as in a network from which nothing was deleted.
+        let dense = used.last_key_value().filter(|(last, _)| (**last - first) as usize + 1 == used.len());
+        let mut candidate = dense.map_or(first, |(last, _)| *last + 1);
+        let used = if dense.is_some() { None } else { Some(used) };
+        for address in used.into_iter().flat_map(BTreeMap::keys) {
             if *address != candidate {
                 break;
             }

@@ -77,8 +77,18 @@ impl<'a> Idlest<'a> {
         size: Capacity,
         room: impl Fn(&Node, Capacity) -> Result<(), Rejection>,
     ) -> Result<NodeId, String> {
-        let ranked = self.ranked.get_or_insert_with(|| Ranked::of(self.state, self.telemetry));
-        ranked.idlest(size, &room).ok_or_else(|| ranked.why_none(self.state, &room))
+        let found = self.if_room(size, &room);
+        let ranked = self.ranked.as_ref();
+        found.ok_or_else(|| ranked.map_or_else(String::new, |ranked| ranked.why_none(self.state, &room)))
+    }
+
+    /// As [`Self::with_room`], for who does not tell anybody why: to find the reasons, each node is asked.
+    pub fn if_room(
+        &mut self,
+        size: Capacity,
+        room: impl Fn(&Node, Capacity) -> Result<(), Rejection>,
+    ) -> Option<NodeId> {
+        self.ranked.get_or_insert_with(|| Ranked::of(self.state, self.telemetry)).idlest(size, &room)
     }
 
     /// `size` goes to `node`.

@@ -3,11 +3,12 @@
 //!
 //! Deliberately not here: whether it is done. `apply` checks each move again, and the hosts carry it out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Idlest, idlest::takes_machines, share};
 use crate::{
-    Capacity, Node, NodeId, NodeState, PlannerCommand, Rejection, State, Status, Telemetry, Timestamp, Vm, setting,
+    Capacity, Node, NodeId, NodeState, PlannerCommand, Recovery, Rejection, State, Status, Telemetry, Timestamp, Vm,
+    setting,
 };
 
 /// A move that failed is tried again after this time, twice as long after each further failure: whatever ailed it is
@@ -64,11 +65,14 @@ pub(super) fn drain(state: &State, now: Timestamp, idlest: &mut Idlest) -> Vec<P
     let most = usize::try_from(state.setting(setting::MOVES_AT_ONCE)).unwrap_or(usize::MAX);
     for node in state.nodes().values().filter(|node| node.draining && node.state == NodeState::Up) {
         let mut under_way = state.vms_on_node(node.id).filter(|vm| vm.is_moving()).count();
+        // What found no room in this plan finds none later in it: room only shrinks.
+        let mut refused: BTreeSet<(Capacity, Recovery)> = BTreeSet::new();
         for vm in state.vms_on_node(node.id) {
             if under_way >= most {
                 break;
             }
-            if state.may_leave(vm).is_err() || pause_ends(vm) > now {
+            let need = (vm.size, vm.recovery);
+            if state.may_leave(vm).is_err() || pause_ends(vm) > now || refused.contains(&need) {
                 continue;
             }
             let room = |node: &Node, extra: Capacity| {
@@ -79,7 +83,10 @@ pub(super) fn drain(state: &State, now: Timestamp, idlest: &mut Idlest) -> Vec<P
                 }
                 state.may_move_to(vm, node.id, extra)
             };
-            let Ok(to) = idlest.with_room(vm.size, room) else { continue };
+            let Some(to) = idlest.if_room(vm.size, room) else {
+                refused.insert(need);
+                continue;
+            };
             *chosen.entry(to).or_default() += 1;
             idlest.promise(to, vm.size);
             under_way += 1;

@@ -18,7 +18,7 @@ impl Cloud {
     }
 
     /// Asks for one, and has the host make what it is told, or less. The image, if it is one.
-    fn back_up(&mut self, full: bool, obedient: bool) -> Option<ImageId> {
+    pub fn back_up(&mut self, full: bool, obedient: bool) -> Option<ImageId> {
         self.tenant(TenantCommand::BackUpVm { vm: VM, full }).unwrap();
         let wish = self.state.assignment(NODE).unwrap().vms[0].backup.expect("one is asked for");
         assert!(!full || wish.parent.is_none(), "a full one stands on nothing");
@@ -41,7 +41,7 @@ impl Cloud {
         newest.filter(|_| self.state.images().len() > before)
     }
 
-    fn says(&mut self, node: NodeId, image: ImageId, good: bool) {
+    pub fn says(&mut self, node: NodeId, image: ImageId, good: bool) {
         let digest = self.state.images().get(&image).unwrap().digest;
         let reports = vec![ImageReport { digest, good }];
         self.done(Command::Node(NodeCommand::ReportImages { node, incarnation: 1, reports }));
