@@ -11,10 +11,14 @@ use api::{
     tls,
     token::JoinToken,
 };
-use model::{Actor, Command, JoinRole, PlannerCommand, Rejection, Reply, Request as Named, RequestId};
+use model::{Actor, Command, JoinRole, PlannerCommand, Rejection, Reply, Request as Named, RequestId, State};
 use tonic::{Request, Response, Status};
 
-use crate::core::Core;
+use crate::{core::Core, name};
+
+/// No name or address that `apply` takes is longer.
+const MOST_NAME_BYTES: usize = 63;
+const MOST_ADDRESS_BYTES: usize = 300;
 
 pub(crate) struct Admission {
     pub core: Arc<Core>,
@@ -97,11 +101,19 @@ impl Admission {
             half.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
             half
         };
-        let body = half(&[&token.digest().0, body.name.as_bytes(), body.address.as_bytes(), &body.csr]);
+        let digest = token.digest();
+        let body = half(&[&digest.0, body.name.as_bytes(), body.address.as_bytes(), &body.csr]);
         let id = RequestId(u128::from_le_bytes(half(&[b"join", &body])));
-        let committed = self.core.propose(Actor::System, Some(Named { id, body }), Command::Planner(command)).await?;
-        self.core.applied(committed.index).await?;
-        Ok(committed.applied?)
+        // Only who holds a token may write to the log. Whether it is still good when its turn comes, `apply` decides.
+        let make = |state: &State| {
+            let row = state.join_tokens().get(&digest);
+            let usable = |row: &model::JoinToken| row.role == token.role && row.used_by.is_none();
+            let known = row.is_some_and(|row| usable(row) && row.expires_at >= state.now());
+            if known { Ok(Command::Planner(command.clone())) } else { Err(Rejection::BadToken.into()) }
+        };
+        let (index, reply) = self.core.change(&Actor::System, Named { id, body }, make).await?;
+        self.core.applied(index).await?;
+        Ok(reply)
     }
 
     fn sign(&self, csr: &[u8], identity: &str) -> Result<String, ApiError> {
@@ -119,6 +131,70 @@ fn token_of(body: &proto::JoinRequest, role: JoinRole) -> Result<JoinToken, ApiE
     if body.csr.is_empty() || body.csr.len() > 16 << 10 {
         return Err(ApiError::invalid("csr is missing or too long, but must be a certificate signing request in DER"));
     }
+    let within = |field: &str, value: &str, most: usize| {
+        let invalid = || Rejection::Invalid {
+            field: field.into(),
+            value: name::shown(value),
+            allowed: format!("at most {most} bytes of text"),
+        };
+        if value.len() <= most { Ok(()) } else { Err(invalid()) }
+    };
+    within("name", &body.name, MOST_NAME_BYTES)?;
+    within("address", &body.address, MOST_ADDRESS_BYTES)?;
     let token = JoinToken::decode(&body.token).map_err(|_| ApiError::from(Rejection::BadToken))?;
     if token.role == role { Ok(token) } else { Err(Rejection::BadToken.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use model::OperatorCommand;
+
+    use super::*;
+    use crate::fixture::Fixture;
+
+    fn token(secret: u8) -> JoinToken {
+        let controllers = vec!["127.0.0.1:7470".into()];
+        JoinToken { role: JoinRole::Agent, secret: [secret; 32], controllers, ca_pem: String::new() }
+    }
+
+    fn asked(token: &JoinToken, name: &str) -> proto::JoinRequest {
+        let csr = tls::make_key_and_csr().unwrap().csr_der.into();
+        proto::JoinRequest { token: token.encode(), name: name.into(), address: String::new(), csr }
+    }
+
+    #[tokio::test]
+    async fn who_has_no_token_writes_nothing_and_a_join_can_be_repeated() {
+        let cloud = Fixture::new().await;
+        let admission = Admission { core: cloud.core.clone() };
+        let before = cloud.index();
+        let refused = admission.agent(asked(&token(1), "alpha")).await.unwrap_err();
+        assert_eq!((refused.code.as_str(), cloud.index()), ("bad-join-token", before));
+        let role = JoinRole::Agent;
+        let issue = OperatorCommand::IssueJoinToken { token: token(1).digest(), role, valid_millis: 60_000 };
+        cloud.operator(issue).await;
+        let body = asked(&token(1), "alpha");
+        let joined = admission.agent(body.clone()).await.unwrap();
+        assert_eq!(admission.agent(body).await.unwrap().id, joined.id, "the same request has the same answer");
+        let refused = admission.agent(asked(&token(1), "beta")).await.unwrap_err();
+        assert_eq!(refused.code, "bad-join-token", "it is used");
+        let other = JoinToken { role: JoinRole::Controller, ..token(1) };
+        let refused = admission.controller(asked(&other, "gamma")).await.unwrap_err();
+        assert_eq!(refused.code, "bad-join-token");
+        let requests = cloud.core.replica.read(|state| state.requests().len());
+        assert_eq!(requests, 1, "nothing but the join is remembered");
+    }
+
+    #[tokio::test]
+    async fn a_name_or_an_address_that_is_too_long_is_refused_by_name() {
+        let cloud = Fixture::new().await;
+        let admission = Admission { core: cloud.core.clone() };
+        let long = "n".repeat(MOST_NAME_BYTES + 1);
+        let refused = admission.agent(asked(&token(1), &long)).await.unwrap_err();
+        assert_eq!(refused.code, "invalid-argument");
+        assert!(refused.message.contains("name") && refused.message.contains("at most 63 bytes"), "{refused}");
+        let address = "a".repeat(MOST_ADDRESS_BYTES + 1);
+        let body = proto::JoinRequest { address, ..asked(&token(1), "alpha") };
+        let refused = admission.agent(body).await.unwrap_err();
+        assert!(refused.message.contains("address") && refused.message.len() < 300, "{refused}");
+    }
 }

@@ -49,7 +49,25 @@ impl From<bool> for Freshness {
     }
 }
 
+/// Assignments that are made at the same time: with half of the machine's threads the other half does all else.
+fn turns() -> usize {
+    std::thread::available_parallelism().map_or(1, |threads| threads.get().div_ceil(2))
+}
+
 impl Core {
+    pub fn new(replica: Replica, authority: CertificateAuthority, identity: Identity) -> Self {
+        Self {
+            replica,
+            authority,
+            identity,
+            ears: Mutex::default(),
+            probes: Probes::default(),
+            bells: Bells::default(),
+            turns: Semaphore::new(turns()),
+            leader: Mutex::default(),
+        }
+    }
+
     /// Reads the state as fresh as was asked for; the label says what it was.
     pub async fn read<T>(&self, freshness: Freshness, look: impl FnOnce(&State) -> T) -> Result<(T, ReadAt), ApiError> {
         match freshness {

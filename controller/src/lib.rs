@@ -15,6 +15,8 @@ mod core;
 mod door;
 mod dump;
 mod enrol;
+#[cfg(test)]
+mod fixture;
 mod found;
 mod hear;
 mod keep;

@@ -10,7 +10,7 @@ pub(crate) fn missing(noun: Noun, name: &str) -> ApiError {
 }
 
 /// What an error message repeats of it.
-fn shown(name: &str) -> String {
+pub(crate) fn shown(name: &str) -> String {
     name.chars().take(80).map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 

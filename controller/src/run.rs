@@ -6,7 +6,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
@@ -16,25 +16,21 @@ use api::{
     session::MAX_FRAME_BYTES,
     tls::{self, CertificateAuthority, Identity},
 };
-use model::Telemetry;
 use raft::Replica;
 use tokio::{
     net::{TcpListener, UdpSocket, UnixListener},
     runtime::{Handle, Runtime},
-    sync::Semaphore,
 };
 use tonic::transport::{Server, server::Router};
 
 use crate::{
     admit::Admission,
-    bells::{self, Bells},
+    bells,
     config::{Config, random},
     core::Core,
     door,
     found::replica_config,
-    hear, lead,
-    probe::{self, Probes},
-    refound,
+    hear, lead, probe, refound,
     service::{MAX_REQUEST_BYTES, Service},
     session::Sessions,
 };
@@ -66,11 +62,6 @@ pub async fn run(args: RunArgs, shutdown: impl Future<Output = ()> + Send + 'sta
     boxed(args, Box::pin(shutdown)).await
 }
 
-/// Assignments that are made at the same time: with half of the machine's threads the other half does all else.
-fn turns() -> usize {
-    std::thread::available_parallelism().map_or(1, |threads| threads.get().div_ceil(2))
-}
-
 /// Without a type parameter the server is compiled, and optimised, in this crate and not in the program's.
 fn boxed(
     args: RunArgs,
@@ -94,16 +85,7 @@ async fn serve(args: RunArgs, shutdown: Pin<Box<dyn Future<Output = ()> + Send>>
     let quorum = QuorumThreads::start()?;
     let opening = Replica::open(replica_config(&config, args.data.clone(), &identity));
     let replica = quorum.handle().spawn(opening).await??;
-    let core = Arc::new(Core {
-        replica,
-        authority,
-        identity,
-        ears: Mutex::new(Telemetry::default()),
-        probes: Probes::default(),
-        bells: Bells::default(),
-        turns: Semaphore::new(turns()),
-        leader: Mutex::default(),
-    });
+    let core = Arc::new(Core::new(replica, authority, identity));
 
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let until = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {

@@ -1,0 +1,60 @@
+//! For tests: a cloud of one controller that does not listen, with what its calls share.
+
+use std::sync::Arc;
+
+use api::tls::{CertificateAuthority, Identity};
+use model::{Actor, Command, OperatorCommand, Reply};
+use raft::Replica;
+
+use crate::{
+    config::{Config, Timing},
+    core::Core,
+    found::{self, InitArgs, replica_config},
+};
+
+pub(crate) struct Fixture {
+    pub core: Arc<Core>,
+    _directory: tempfile::TempDir,
+}
+
+impl Fixture {
+    pub async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let data = directory.path().join("data");
+        let args = InitArgs {
+            data: data.clone(),
+            name: "c1".into(),
+            listen: ([127, 0, 0, 1], 0).into(),
+            advertise: "127.0.0.1:7470".into(),
+            operator: "root".into(),
+            timing: Timing::Lan,
+            snapshot_every: None,
+        };
+        found::init(args).await.unwrap();
+        let config = Config::load(&data).unwrap();
+        let identity = Identity::load(&data).unwrap().unwrap();
+        let authority = CertificateAuthority::load(&data).unwrap().unwrap();
+        let replica = Replica::open(replica_config(&config, data, &identity)).await.unwrap();
+        let core = Arc::new(Core::new(replica, authority, identity));
+        // It leads by then.
+        core.propose(Actor::System, None, Command::Operator(OperatorCommand::ArmRecovery { armed: true }))
+            .await
+            .unwrap();
+        Self { core, _directory: directory }
+    }
+
+    /// How far the log has come.
+    pub fn index(&self) -> u64 {
+        self.core.replica.read_indexed(|_, index| index)
+    }
+
+    pub async fn operator(&self, command: OperatorCommand) -> Reply {
+        self.done(Command::Operator(command)).await
+    }
+
+    async fn done(&self, command: Command) -> Reply {
+        let committed = self.core.propose(Actor::System, None, command).await.unwrap();
+        self.core.applied(committed.index).await.unwrap();
+        committed.applied.unwrap()
+    }
+}
