@@ -7,6 +7,7 @@ use api::{
 };
 use model::{Actor, Digest, NodeId, Request, RequestId, Role, State};
 use prost::Message;
+use tonic::metadata::MetadataMap;
 
 use crate::core::Core;
 
@@ -64,25 +65,43 @@ fn known(state: &State, token: &Digest) -> Option<Caller> {
 }
 
 /// The name of a mutating call under which a retry is the same call.
-pub(crate) fn request_of<T: Message>(method: &str, request: &tonic::Request<T>) -> Result<Request, ApiError> {
-    request_named(method, request.metadata(), &request.get_ref().encode_to_vec())
+pub(crate) fn request_of<T: Message>(
+    method: &str,
+    caller: &Caller,
+    request: &tonic::Request<T>,
+) -> Result<Request, ApiError> {
+    request_named(method, caller, request.metadata(), &request.get_ref().encode_to_vec())
 }
 
 /// As `request_of`, for a call whose body is not one message.
+///
+/// The caller is part of what was asked: an answer can be a secret, and is for nobody who only knows the request's id.
 pub(crate) fn request_named(
     method: &str,
-    metadata: &tonic::metadata::MetadataMap,
+    caller: &Caller,
+    metadata: &MetadataMap,
     body: &[u8],
 ) -> Result<Request, ApiError> {
-    let text = metadata.get(REQUEST_KEY).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let id: RequestId = text.parse().map_err(|()| {
-        ApiError::invalid(format!("{REQUEST_KEY} is '{text}', but must be a UUID chosen by the client"))
-    })?;
+    let id = request_id(metadata)?;
+    let role = match caller.role {
+        Role::Operator => "operator".to_owned(),
+        Role::Member(tenant) => tenant.to_string(),
+    };
     let mut hasher = blake3::Hasher::new();
-    hasher.update(method.as_bytes()).update(&[0]).update(body);
+    for part in [method, &caller.name, &role] {
+        hasher.update(part.as_bytes()).update(&[0]);
+    }
+    hasher.update(body);
     let mut half = [0; 16];
     half.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
     Ok(Request { id, body: half })
+}
+
+/// What the client calls a mutating call.
+pub(crate) fn request_id(metadata: &MetadataMap) -> Result<RequestId, ApiError> {
+    let text = metadata.get(REQUEST_KEY).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    text.parse()
+        .map_err(|()| ApiError::invalid(format!("{REQUEST_KEY} is '{text}', but must be a UUID chosen by the client")))
 }
 
 /// The node whose certificate the peer shows, if that is the one that the quorum knows it by.

@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
-use api::tls::{CertificateAuthority, Identity};
-use model::{Actor, Command, OperatorCommand, Reply};
+use api::{
+    client::{REQUEST_KEY, TOKEN_KEY},
+    tls::{CertificateAuthority, Identity},
+};
+use model::{Actor, Command, OperatorCommand, Reply, RequestId};
 use raft::Replica;
 
 use crate::{
@@ -14,6 +17,8 @@ use crate::{
 
 pub(crate) struct Fixture {
     pub core: Arc<Core>,
+    /// Of the founder, an operator.
+    pub token: String,
     _directory: tempfile::TempDir,
 }
 
@@ -30,7 +35,7 @@ impl Fixture {
             timing: Timing::Lan,
             snapshot_every: None,
         };
-        found::init(args).await.unwrap();
+        let token = found::init(args).await.unwrap().operator_token;
         let config = Config::load(&data).unwrap();
         let identity = Identity::load(&data).unwrap().unwrap();
         let authority = CertificateAuthority::load(&data).unwrap().unwrap();
@@ -40,7 +45,7 @@ impl Fixture {
         core.propose(Actor::System, None, Command::Operator(OperatorCommand::ArmRecovery { armed: true }))
             .await
             .unwrap();
-        Self { core, _directory: directory }
+        Self { core, token, _directory: directory }
     }
 
     /// How far the log has come.
@@ -50,6 +55,14 @@ impl Fixture {
 
     pub async fn operator(&self, command: OperatorCommand) -> Reply {
         self.done(Command::Operator(command)).await
+    }
+
+    /// A call as a client makes it.
+    pub fn call<T>(&self, token: &str, id: RequestId, body: T) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(body);
+        request.metadata_mut().insert(TOKEN_KEY, format!("Bearer {token}").parse().unwrap());
+        request.metadata_mut().insert(REQUEST_KEY, id.to_string().parse().unwrap());
+        request
     }
 
     async fn done(&self, command: Command) -> Reply {

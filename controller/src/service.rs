@@ -60,7 +60,7 @@ impl Service {
         F: Fn(&State, &Caller, &B) -> Result<Command, ApiError>,
     {
         let caller = access::caller(&self.core, request).await?;
-        let id = access::request_of(method, request)?;
+        let id = access::request_of(method, &caller, request)?;
         let body = request.get_ref();
         let make = |state: &State| command(state, &caller, body);
         let changed = self.core.change(&caller.actor(), id, make).await;

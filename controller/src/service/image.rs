@@ -28,7 +28,7 @@ impl Service {
             Some(Part::Header(header)) => header,
             _ => return Err(ApiError::invalid("the first message is not a header, but must be")),
         };
-        let id = access::request_named("ImportImage", &metadata, &header.encode_to_vec())?;
+        let id = access::request_named("ImportImage", &caller, &metadata, &header.encode_to_vec())?;
         let digest: Digest = header.digest.parse().map_err(|()| {
             ApiError::invalid("digest is not one, but must be the BLAKE3 digest of the file in 64 hexadecimal digits")
         })?;

@@ -78,7 +78,7 @@ impl Service {
         &self,
         request: Request<proto::CreateUserRequest>,
     ) -> Result<proto::CreateUserReply, ApiError> {
-        let id = access::request_of("CreateUser", &request)?.id;
+        let id = access::request_id(request.metadata())?;
         let mut material = self.core.authority.key_pem.as_bytes().to_vec();
         material.extend_from_slice(&id.0.to_le_bytes());
         let text = token::user_token(blake3::derive_key("trefoil user token of one request, version 1", &material));
@@ -200,4 +200,26 @@ pub(super) fn delete_user(_: &State, caller: &Caller, body: &proto::NamedRef) ->
 pub(super) fn delete_template(_: &State, caller: &Caller, body: &proto::NamedRef) -> Result<Command, ApiError> {
     caller.must_be_operator()?;
     Ok(Command::Operator(OperatorCommand::DeleteTemplate { name: body.name.clone() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use model::RequestId;
+
+    use super::*;
+    use crate::fixture::Fixture;
+
+    #[tokio::test]
+    async fn a_secret_is_shown_again_to_who_asked_for_it_and_to_nobody_who_knows_the_request() {
+        let cloud = Fixture::new().await;
+        let service = Service { core: cloud.core.clone() };
+        let user =
+            |name: &str| proto::CreateUserRequest { name: name.into(), role: "operator".into(), tenant: String::new() };
+        let ann = service.user_create(cloud.call(&cloud.token, RequestId(1), user("ann"))).await.unwrap().token;
+        let made = service.user_create(cloud.call(&cloud.token, RequestId(2), user("bob"))).await.unwrap();
+        let again = service.user_create(cloud.call(&cloud.token, RequestId(2), user("bob"))).await.unwrap();
+        assert_eq!(again.token, made.token);
+        let other = service.user_create(cloud.call(&ann, RequestId(2), user("bob"))).await.unwrap_err();
+        assert_eq!(other.code, "request-reused");
+    }
 }

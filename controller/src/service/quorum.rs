@@ -35,7 +35,7 @@ impl Service {
             "agent" => JoinRole::Agent,
             other => return Err(ApiError::invalid(format!("role is '{other}', but must be controller or agent"))),
         };
-        let id = access::request_of("IssueJoinToken", &request)?.id;
+        let id = access::request_id(request.metadata())?;
         let mut material = self.core.authority.key_pem.as_bytes().to_vec();
         material.extend_from_slice(&id.0.to_le_bytes());
         let secret = blake3::derive_key("trefoil join token of one request, version 1", &material);
