@@ -18,6 +18,8 @@ use crate::core::Core;
 const BREATH: Duration = Duration::from_millis(1);
 /// Datagrams that are taken at once: as many as the socket's buffer holds, and few enough to let others run.
 const TURN: usize = 256;
+/// Parts of one status: of eight thousand machines and more, far beyond what a host runs.
+const MOST_PARTS: u32 = 1024;
 
 /// Listens until the process ends. A datagram that is refused costs a look-up and a hash, and gets no answer.
 pub(crate) async fn listen(core: Arc<Core>, socket: UdpSocket, nonce: u64) {
@@ -98,7 +100,13 @@ impl Ears {
 
     /// Takes note of it; as the leader, says how long the host may go on.
     fn believe(&mut self, beat: &Beat, leader: bool) -> Option<Grant> {
-        let vms = beat.status.as_ref().and_then(|part| self.collect(beat.node, part));
+        let vms = beat.status.as_ref().and_then(|part| {
+            let taken = self.partial.entry(beat.node).or_default().take(part);
+            taken.unwrap_or_else(|why| {
+                tracing::debug!(node = %beat.node, why, "a part of a status was refused");
+                None
+            })
+        });
         let standing = self.core.replica.read(|state| state.has_standing(beat.node, beat.incarnation));
         self.core.hear(|ears| {
             let heard = ears.nodes.entry(beat.node).or_default();
@@ -112,19 +120,81 @@ impl Ears {
             ears.believe(beat.node, beat.incarnation, beat.unanswered_millis, leader && standing)
         })
     }
+}
 
+impl Sweep {
     /// The machines of a sweep once its last part is there. A lost part loses the sweep; the next one comes soon.
-    fn collect(&mut self, node: NodeId, part: &StatusPart) -> Option<BTreeMap<VmId, VmStatus>> {
-        let sweep = self.partial.entry(node).or_default();
-        if part.part == 0 {
-            *sweep = Sweep::default();
+    ///
+    /// # Errors
+    /// Why the part is none that an agent sends: it costs its host the status, and not the lease.
+    fn take(&mut self, part: &StatusPart) -> Result<Option<BTreeMap<VmId, VmStatus>>, String> {
+        let (number, parts) = (part.part, part.parts);
+        if parts > MOST_PARTS || number >= parts {
+            *self = Self::lost();
+            return Err(format!("part is {number} of {parts}, but must be below them, and they at most {MOST_PARTS}"));
         }
-        if part.part != sweep.next {
-            *sweep = Sweep { next: u32::MAX, ..Sweep::default() };
-            return None;
+        if number == 0 {
+            *self = Self::default();
         }
-        sweep.next += 1;
-        sweep.vms.extend(part.vms.iter().map(|vm| (vm.vm, vm.clone())));
-        (sweep.next >= part.parts).then(|| std::mem::take(&mut sweep.vms))
+        if number != self.next {
+            *self = Self::lost();
+            return Ok(None);
+        }
+        self.next += 1;
+        self.vms.extend(part.vms.iter().map(|vm| (vm.vm, vm.clone())));
+        Ok((self.next >= parts).then(|| std::mem::take(&mut self.vms)))
+    }
+
+    /// No part is the next one but the first of another sweep.
+    fn lost() -> Self {
+        Self { next: u32::MAX, ..Self::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use model::telemetry::NodeStatus;
+
+    use super::*;
+
+    fn part(part: u32, parts: u32, vms: &[u64]) -> StatusPart {
+        let vm = |id: &u64| VmStatus {
+            vm: VmId(*id),
+            epoch: 1,
+            phase: model::Phase::Running,
+            cpu_time_millis: 0,
+            memory_used_bytes: 0,
+            disk_used_bytes: 0,
+            rx_bytes: 0,
+            tx_bytes: 0,
+            progress: None,
+        };
+        StatusPart { node: NodeStatus::default(), part, parts, vms: vms.iter().map(vm).collect() }
+    }
+
+    fn taken(sweep: &mut Sweep, next: StatusPart) -> Option<Vec<u64>> {
+        sweep.take(&next).unwrap().map(|vms| vms.keys().map(|vm| vm.0).collect())
+    }
+
+    #[test]
+    fn a_sweep_is_told_when_its_last_part_is_there() {
+        let mut sweep = Sweep::default();
+        assert_eq!(taken(&mut sweep, part(0, 2, &[1, 2])), None);
+        assert_eq!(taken(&mut sweep, part(1, 2, &[3])), Some(vec![1, 2, 3]));
+        assert_eq!(taken(&mut sweep, part(0, 3, &[1])), None);
+        assert_eq!(taken(&mut sweep, part(2, 3, &[3])), None, "one was lost");
+        assert_eq!(taken(&mut sweep, part(1, 3, &[2])), None);
+        assert_eq!(taken(&mut sweep, part(0, 1, &[4])), Some(vec![4]));
+    }
+
+    #[test]
+    fn a_sweep_without_end_is_refused_and_kept_nowhere() {
+        let mut sweep = Sweep::default();
+        assert_eq!(taken(&mut sweep, part(0, MOST_PARTS, &[1])), None);
+        for odd in [part(1, u32::MAX, &[2]), part(u32::MAX, u32::MAX, &[2]), part(0, 0, &[2]), part(2, 2, &[2])] {
+            let refused = sweep.take(&odd).unwrap_err();
+            assert!(refused.contains("at most 1024") && sweep.vms.is_empty(), "{refused}");
+        }
+        assert_eq!(taken(&mut sweep, part(0, 1, &[3])), Some(vec![3]));
     }
 }
