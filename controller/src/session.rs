@@ -19,7 +19,10 @@ use api::{
     session::{FromAgent, NEWS_KEY, ToAgent, decode, encode},
 };
 use model::{Actor, Command, Known, NodeCommand, NodeId, NodeState, Rejection, Reply};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep, timeout},
+};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -33,6 +36,12 @@ pub(crate) struct Sessions {
 const HELLO: Duration = Duration::from_secs(10);
 /// Frames between the session and the wire: an assignment, some acknowledgements.
 const FRAMES_AHEAD: usize = 16;
+
+/// A session whose report cannot be proposed ends after this.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two attempts.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
 
 type Down = mpsc::Sender<Result<Frame, Status>>;
 
@@ -154,8 +163,9 @@ impl Session {
             }
             FromAgent::Summary(summary) => (NodeCommand::Summarise { node, incarnation, summary }, None),
         };
-        let committed = self.core.propose(Actor::Node(node), None, Command::Node(command)).await?;
-        match committed.applied {
+        let command = Command::Node(command);
+        let propose = || self.core.propose(Actor::Node(node), None, command.clone());
+        match patiently(propose).await?.applied {
             Ok(_) => Ok(number),
             Err(Rejection::Stale(why)) => Err(ApiError::new("stale", why)),
             Err(rejection) => Err(rejection.into()),
@@ -228,6 +238,25 @@ impl Session {
     }
 }
 
+/// What was surely not proposed, for want of room or of a quorum, is proposed again for a while: were each session ended
+/// by it, all hosts would come back at the same moment and ask for more.
+async fn patiently<T, Fut>(attempt: impl Fn() -> Fut) -> Result<T, ApiError>
+where
+    Fut: Future<Output = Result<T, ApiError>>,
+{
+    let give_up = Instant::now() + PATIENCE;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match attempt().await {
+            Err(error) if matches!(error.code.as_str(), "overloaded" | "no-quorum") && Instant::now() < give_up => {
+                sleep(pause).await;
+                pause = (pause * 2).min(LAST_PAUSE);
+            }
+            answer => return answer,
+        }
+    }
+}
+
 async fn tell(down: &Down, message: &ToAgent) -> bool {
     down.send(frame(message)).await.is_ok()
 }
@@ -241,5 +270,36 @@ async fn next(up: &mut Streaming<Frame>) -> Result<Option<FromAgent>, Status> {
     match decode(&frame.body) {
         Ok(message) => Ok(Some(message)),
         Err(_) => Err(ApiError::invalid("a frame is not a session message of this version").into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// What comes of attempts that answer one after the other, the last one for ever; and how many of them were made.
+    async fn tried(answers: &[Result<u8, &str>]) -> (Result<u8, String>, usize) {
+        let made = RefCell::new(0);
+        let attempt = || {
+            let answer = answers[(*made.borrow()).min(answers.len() - 1)];
+            *made.borrow_mut() += 1;
+            async move { answer.map_err(|code| ApiError::new(code, "text")) }
+        };
+        let outcome = patiently(attempt).await.map_err(|error| error.code);
+        (outcome, made.into_inner())
+    }
+
+    #[tokio::test]
+    async fn what_was_surely_not_proposed_is_proposed_again() {
+        assert_eq!(tried(&[Err("overloaded"), Err("no-quorum"), Ok(7)]).await, (Ok(7), 3));
+        for ends in ["timeout", "stale", "unavailable"] {
+            assert_eq!(tried(&[Err("overloaded"), Err(ends), Ok(7)]).await, (Err(ends.into()), 2));
+        }
+        let began = Instant::now();
+        let (outcome, _) = tried(&[Err("overloaded")]).await;
+        assert_eq!(outcome, Err("overloaded".into()));
+        assert!((PATIENCE..2 * PATIENCE).contains(&began.elapsed()), "but not for ever");
     }
 }

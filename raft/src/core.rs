@@ -9,7 +9,7 @@ use std::{
 use model::{ControllerId, Timestamp};
 use openraft::{Instant as _, async_runtime::WatchReceiver};
 use storage::failure::OnFailure;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
     clock::CloudClock,
@@ -17,7 +17,7 @@ use crate::{
     error::ReadError,
     machine::Machine,
     peer::{CallError, Peers},
-    propose::{append::Append, forward::Forward},
+    propose::{InFlight, append::Append, forward::Forward},
     replica::Timing,
     status::{Fenced, Leadership},
     wire::{Answer, Call},
@@ -41,7 +41,7 @@ pub struct Core {
     pub appends: mpsc::Sender<Append>,
     /// What goes to the leader.
     pub forwards: mpsc::Sender<Forward>,
-    pub in_flight: Semaphore,
+    pub in_flight: InFlight,
     pub clock: CloudClock,
     /// From whom a stream of entries has broken.
     pub broken: mpsc::Sender<ControllerId>,

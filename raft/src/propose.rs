@@ -16,7 +16,10 @@ use futures::future::join_all;
 use model::{Actor, Applied, Command, Entry, OperatorCommand, Timestamp, command::Request};
 use openraft::errors::ClientWriteError;
 use serde::{Deserialize, Serialize};
-use tokio::{sync::SemaphorePermit, time::Instant};
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::Instant,
+};
 
 use crate::{
     core::Core,
@@ -32,15 +35,24 @@ pub mod forward;
 pub const PROPOSE_DEADLINE: Duration = Duration::from_secs(5);
 /// A machine's user data is bounded far below this by the model; a larger entry would stall replication.
 pub const MAX_ENTRY_BYTES: usize = 1 << 20;
-/// Memory that proposals on their way may take, in units of [`UNIT_BYTES`]: 64 MiB, or 8,192 small ones.
-pub const IN_FLIGHT_UNITS: usize = 8192;
+/// Memory that proposals on their way may take, in units of [`UNIT_BYTES`]: 64 MiB, or 8,192 small ones, of people, and
+/// the same of the cloud itself.
+pub const IN_FLIGHT_UNITS: usize = 2 * UNITS_EACH;
+const UNITS_EACH: usize = 8192;
 const UNIT_BYTES: usize = 8 << 10;
+
 /// What somebody wants in the log. The leader adds the time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proposal {
     pub request: Option<Request>,
     pub actor: Actor,
     pub command: Command,
+}
+
+/// Room for what is on its way. People have their own: however much they ask for, hosts report and planners plan.
+pub struct InFlight {
+    people: Semaphore,
+    cloud: Semaphore,
 }
 
 impl Proposal {
@@ -69,12 +81,28 @@ pub enum Attempt {
     Refused(ProposeError),
 }
 
+impl InFlight {
+    pub fn new() -> Self {
+        Self { people: Semaphore::new(UNITS_EACH), cloud: Semaphore::new(UNITS_EACH) }
+    }
+
+    /// At once or not at all: who is refused can come again, and knows that nothing was proposed.
+    fn permit(&self, actor: &Actor, bytes: usize) -> Result<SemaphorePermit<'_>, ProposeError> {
+        let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX).max(1);
+        let room = match actor {
+            Actor::User { .. } => &self.people,
+            Actor::Node(_) | Actor::System => &self.cloud,
+        };
+        room.try_acquire_many(units).map_err(|_| ProposeError::Overloaded)
+    }
+}
+
 impl Core {
     /// # Errors
     /// See [`ProposeError`].
     pub async fn propose(&self, proposal: Proposal) -> Result<Committed, ProposeError> {
         let bytes = checked_size(&proposal)?;
-        let _permit = self.permit(bytes)?;
+        let _permit = self.in_flight.permit(&proposal.actor, bytes)?;
         let deadline = Instant::now() + PROPOSE_DEADLINE;
         let mut unclear = false;
         loop {
@@ -109,7 +137,7 @@ impl Core {
     /// See [`ProposeError`].
     pub async fn propose_as_leader(&self, term: u64, command: Command) -> Result<Committed, ProposeError> {
         let proposal = Proposal { request: None, actor: Actor::System, command };
-        let _permit = self.permit(checked_size(&proposal)?)?;
+        let _permit = self.in_flight.permit(&proposal.actor, checked_size(&proposal)?)?;
         self.may_lead(&proposal.command)?;
         let leader = LeaderId { term, node_id: self.id };
         let (responder, answer) = openraft::impls::ProgressResponder::complete_only();
@@ -133,7 +161,7 @@ impl Core {
     ) -> Vec<Result<Committed, ProposeError>> {
         let deadline = Instant::now() + wait.min(PROPOSE_DEADLINE);
         join_all(proposals.into_iter().map(|proposal| async move {
-            let _permit = self.permit(checked_size(&proposal)?)?;
+            let _permit = self.in_flight.permit(&proposal.actor, checked_size(&proposal)?)?;
             self.append(proposal, deadline).await.outcome()
         }))
         .await
@@ -151,11 +179,6 @@ impl Core {
             _ if !self.has_quorum() => Err(ProposeError::NoQuorum),
             _ => Ok(()),
         }
-    }
-
-    fn permit(&self, bytes: usize) -> Result<SemaphorePermit<'_>, ProposeError> {
-        let units = u32::try_from(bytes.div_ceil(UNIT_BYTES)).unwrap_or(u32::MAX).max(1);
-        self.in_flight.try_acquire_many(units).map_err(|_| ProposeError::Overloaded)
     }
 }
 
@@ -200,4 +223,26 @@ impl Attempt {
 fn checked_size(proposal: &Proposal) -> Result<usize, ProposeError> {
     let bytes = wire::size(proposal);
     if bytes > MAX_ENTRY_BYTES { Err(ProposeError::TooLarge { bytes, limit: MAX_ENTRY_BYTES }) } else { Ok(bytes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use model::{NodeId, Role};
+
+    use super::*;
+
+    #[test]
+    fn what_people_ask_for_leaves_room_for_the_cloud_itself() {
+        let in_flight = InFlight::new();
+        let ann = Actor::User { name: "ann".into(), role: Role::Operator };
+        let all: Vec<_> = (0..UNITS_EACH).map(|_| in_flight.permit(&ann, 100).unwrap()).collect();
+        assert_eq!(in_flight.permit(&ann, 100).err(), Some(ProposeError::Overloaded));
+        for actor in [Actor::System, Actor::Node(NodeId(1))] {
+            assert!(in_flight.permit(&actor, MAX_ENTRY_BYTES).is_ok(), "{actor:?}");
+        }
+        drop(all);
+        let _large = in_flight.permit(&Actor::System, UNITS_EACH * UNIT_BYTES).unwrap();
+        assert_eq!(in_flight.permit(&Actor::Node(NodeId(1)), 1).err(), Some(ProposeError::Overloaded));
+        assert!(in_flight.permit(&ann, MAX_ENTRY_BYTES).is_ok(), "nor the other way round");
+    }
 }

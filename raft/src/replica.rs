@@ -17,7 +17,7 @@ use storage::{
     state::StateStore,
 };
 use tokio::{
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     task::JoinHandle,
 };
 
@@ -33,7 +33,7 @@ use crate::{
     membership::Change,
     peer::Peers,
     propose::{
-        Committed, IN_FLIGHT_UNITS, Proposal,
+        Committed, InFlight, Proposal,
         append::{self, APPEND_QUEUE},
         forward::{self, FORWARD_QUEUE},
     },
@@ -173,7 +173,7 @@ impl Replica {
             reads,
             appends,
             forwards,
-            in_flight: Semaphore::new(IN_FLIGHT_UNITS),
+            in_flight: InFlight::new(),
             clock: CloudClock::begin(),
             broken,
             contact: Mutex::new(None),
