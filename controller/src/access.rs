@@ -34,8 +34,8 @@ impl Caller {
 /// Whose token the call carries.
 ///
 /// A token that this replica does not know may be newer than the replica: it asks the quorum once before it refuses.
-pub(crate) async fn caller<T>(core: &Core, request: &tonic::Request<T>) -> Result<Caller, ApiError> {
-    let digest = token_of(request)?;
+pub(crate) async fn authenticate(core: &Core, metadata: &MetadataMap) -> Result<Caller, ApiError> {
+    let digest = token_of(metadata)?;
     if let Some(caller) = core.replica.read(|state| known(state, &digest)) {
         return Ok(caller);
     }
@@ -43,9 +43,14 @@ pub(crate) async fn caller<T>(core: &Core, request: &tonic::Request<T>) -> Resul
     core.replica.read(|state| known(state, &digest)).ok_or_else(refused)
 }
 
+/// Who calls, as the gate found out.
+pub(crate) fn caller<T>(request: &tonic::Request<T>) -> Result<Caller, ApiError> {
+    request.extensions().get::<Caller>().cloned().ok_or_else(refused)
+}
+
 /// The digest of the token that the call carries.
-pub(crate) fn token_of<T>(request: &tonic::Request<T>) -> Result<Digest, ApiError> {
-    let header = request.metadata().get(TOKEN_KEY).and_then(|value| value.to_str().ok()).ok_or_else(refused)?;
+pub(crate) fn token_of(metadata: &MetadataMap) -> Result<Digest, ApiError> {
+    let header = metadata.get(TOKEN_KEY).and_then(|value| value.to_str().ok()).ok_or_else(refused)?;
     let text = header.strip_prefix("Bearer ").ok_or_else(refused)?;
     token::user_token_digest(text).ok_or_else(refused)
 }

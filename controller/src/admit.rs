@@ -16,6 +16,8 @@ use tonic::{Request, Response, Status};
 
 use crate::{core::Core, name};
 
+/// A join has a token and a signing request of 16 KiB each at most. Anybody may send one, so no more is taken in.
+pub(crate) const MAX_JOIN_BYTES: usize = 64 << 10;
 /// No name or address that `apply` takes is longer.
 const MOST_NAME_BYTES: usize = 63;
 const MOST_ADDRESS_BYTES: usize = 300;

@@ -10,6 +10,7 @@ use model::{Actor, Command, OperatorCommand, Reply, RequestId};
 use raft::Replica;
 
 use crate::{
+    access,
     config::{Config, Timing},
     core::Core,
     found::{self, InitArgs, replica_config},
@@ -57,11 +58,13 @@ impl Fixture {
         self.done(Command::Operator(command)).await
     }
 
-    /// A call as a client makes it.
-    pub fn call<T>(&self, token: &str, id: RequestId, body: T) -> tonic::Request<T> {
+    /// A call as it comes through the gate.
+    pub async fn call<T>(&self, token: &str, id: RequestId, body: T) -> tonic::Request<T> {
         let mut request = tonic::Request::new(body);
         request.metadata_mut().insert(TOKEN_KEY, format!("Bearer {token}").parse().unwrap());
         request.metadata_mut().insert(REQUEST_KEY, id.to_string().parse().unwrap());
+        let caller = access::authenticate(&self.core, request.metadata()).await.unwrap();
+        request.extensions_mut().insert(caller);
         request
     }
 

@@ -18,6 +18,7 @@ mod enrol;
 #[cfg(test)]
 mod fixture;
 mod found;
+mod gate;
 mod hear;
 mod keep;
 mod lead;

@@ -24,12 +24,13 @@ use tokio::{
 use tonic::transport::{Server, server::Router};
 
 use crate::{
-    admit::Admission,
+    admit::{Admission, MAX_JOIN_BYTES},
     bells,
     config::{Config, random},
     core::Core,
     door,
     found::replica_config,
+    gate::Gate,
     hear, lead, probe, refound,
     service::{MAX_REQUEST_BYTES, Service},
     session::Sessions,
@@ -178,7 +179,7 @@ fn remember_fence(data: &Path, why: &str) -> Result<()> {
 
 fn router(core: &Arc<Core>) -> Router {
     let service = TrefoilServer::new(Service { core: core.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES);
-    let admission = JoinServer::new(Admission { core: core.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let admission = JoinServer::new(Admission { core: core.clone() }).max_decoding_message_size(MAX_JOIN_BYTES);
     let sessions = NodeSessionServer::new(Sessions { core: core.clone() }).max_decoding_message_size(MAX_FRAME_BYTES);
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -186,7 +187,7 @@ fn router(core: &Arc<Core>) -> Router {
         .max_concurrent_streams(CALLS_PER_CONNECTION)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .add_service(service)
+        .add_service(Gate::new(core.clone(), service))
         .add_service(admission)
         .add_service(sessions)
         .add_service(core.replica.service())

@@ -59,7 +59,7 @@ impl Service {
         B: Message,
         F: Fn(&State, &Caller, &B) -> Result<Command, ApiError>,
     {
-        let caller = access::caller(&self.core, request).await?;
+        let caller = access::caller(request)?;
         let id = access::request_of(method, &caller, request)?;
         let body = request.get_ref();
         let make = |state: &State| command(state, &caller, body);

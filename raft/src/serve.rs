@@ -1,4 +1,4 @@
-//! What a controller answers to other controllers. Everybody else is turned away before anything is decoded.
+//! What a controller answers to other controllers. Everybody else is turned away before anything is taken in.
 
 use std::{pin::Pin, time::Duration};
 
@@ -6,7 +6,10 @@ use futures::{Stream, StreamExt, future};
 use model::ControllerId;
 use openraft::raft::{AppendEntriesRequest, StreamAppendResult};
 use tokio::time::Instant;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{
+    Request, Response, Status, Streaming,
+    service::{Interceptor, interceptor::InterceptedService},
+};
 
 use crate::{
     core::{Core, SharedCore},
@@ -25,7 +28,7 @@ use crate::{
 };
 
 /// To be added to the controller's server: `Server::builder().add_service(replica.service())`.
-pub type PeerService = PeerServer<Serve>;
+pub type PeerService = InterceptedService<PeerServer<Serve>, Controllers>;
 
 /// The calls of `proto/raft.proto`.
 pub struct Serve {
@@ -33,9 +36,24 @@ pub struct Serve {
 }
 
 pub fn service(core: SharedCore) -> PeerService {
-    PeerServer::new(Serve { core })
+    let server = PeerServer::new(Serve { core: core.clone() })
         .max_decoding_message_size(MAX_FRAME_BYTES)
-        .max_encoding_message_size(MAX_FRAME_BYTES)
+        .max_encoding_message_size(MAX_FRAME_BYTES);
+    InterceptedService::new(server, Controllers { core })
+}
+
+/// Turns everybody else away before a message of up to [`MAX_FRAME_BYTES`] is taken in, and says who calls.
+#[derive(Clone)]
+pub struct Controllers {
+    core: SharedCore,
+}
+
+impl Interceptor for Controllers {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        let peer = authorize(&self.core, &request)?;
+        request.extensions_mut().insert(peer);
+        Ok(request)
+    }
 }
 
 #[tonic::async_trait]
@@ -43,7 +61,7 @@ impl Peer for Serve {
     type AppendStream = Pin<Box<dyn Stream<Item = Result<Frame, Status>> + Send>>;
 
     async fn append(&self, request: Request<Streaming<Frame>>) -> Result<Response<Self::AppendStream>, Status> {
-        let peer = authorize(&self.core, &request)?;
+        let peer = peer_of(&request)?;
         // The stream ends at the first message that is not a leader's own: the leader then begins a new one.
         let decode = move |frame: Result<Frame, Status>| {
             let request = wire::decode_frame::<AppendEntriesRequest<TypeConfig>>(&frame.ok()?).ok()?;
@@ -66,13 +84,13 @@ impl Peer for Serve {
     }
 
     async fn call(&self, request: Request<Frame>) -> Result<Response<Frame>, Status> {
-        let peer = authorize(&self.core, &request)?;
+        let peer = peer_of(&request)?;
         let answer = self.answer(peer, wire::decode_frame(request.get_ref())?).await?;
         Ok(Response::new(wire::encode(&answer)))
     }
 
     async fn snapshot(&self, request: Request<Streaming<Frame>>) -> Result<Response<Frame>, Status> {
-        let peer = authorize(&self.core, &request)?;
+        let peer = peer_of(&request)?;
         let mut frames = request.into_inner();
         let first = frames.next().await.ok_or_else(|| Status::invalid_argument("the snapshot has no head"))??;
         let head: SnapshotHead = wire::decode_frame(&first)?;
@@ -145,6 +163,12 @@ impl Serve {
             }
         }
     }
+}
+
+/// As [`Controllers`] found out.
+fn peer_of<T>(request: &Request<T>) -> Result<ControllerId, Status> {
+    let peer = request.extensions().get().copied();
+    peer.ok_or_else(|| Status::permission_denied("only controllers may call this"))
 }
 
 /// The caller, if its certificate is a controller's and it is of this cluster epoch.

@@ -22,7 +22,7 @@ impl Service {
         &self,
         request: Request<Streaming<proto::ImportImageRequest>>,
     ) -> Result<proto::Image, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let (metadata, _, mut parts) = request.into_parts();
         let header = match parts.message().await?.and_then(|message| message.part) {
             Some(Part::Header(header)) => header,
@@ -102,7 +102,7 @@ impl Service {
     }
 
     pub(super) async fn image_export(&self, request: Request<proto::NamedRef>) -> Result<Flow<proto::Chunk>, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let look = |state: &State| {
             let image = name::image(state, &caller, &body.tenant, &body.name)?;
@@ -120,7 +120,7 @@ impl Service {
     }
 
     pub(super) async fn image_get(&self, request: Request<proto::NamedRef>) -> Result<proto::Image, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let look = |state: &State| {
             name::image(state, &caller, &body.tenant, &body.name).map(|image| view::image(state, image))
@@ -132,7 +132,7 @@ impl Service {
         &self,
         request: Request<proto::ListRequest>,
     ) -> Result<proto::ListImagesReply, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;
         let after: ImageId = page::after(&body.after)?;

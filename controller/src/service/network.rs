@@ -28,7 +28,7 @@ impl Service {
         &self,
         request: Request<proto::ListRequest>,
     ) -> Result<proto::ListNetworksReply, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;
         let after: NetworkId = page::after(&body.after)?;

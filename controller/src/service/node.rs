@@ -17,7 +17,7 @@ impl Service {
         &self,
         request: Request<proto::ListRequest>,
     ) -> Result<proto::ListNodesReply, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;
         let after: NodeId = page::after(&body.after)?;
@@ -33,7 +33,7 @@ impl Service {
     }
 
     pub(super) async fn node_get(&self, request: Request<proto::NamedRef>) -> Result<proto::Node, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         let body = request.into_inner();
         let (node, _) = self.core.read(body.stale.into(), |state| self.node_shown(state, &body.name)).await?;
         node
@@ -78,7 +78,7 @@ impl Service {
     }
 
     pub(super) async fn drain_get(&self, request: Request<proto::NamedRef>) -> Result<proto::DrainStatus, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         let body = request.into_inner();
         let (status, read_at) = self.core.read(body.stale.into(), |state| self.drain_shown(state, &body.name)).await?;
         status.map(|status| proto::DrainStatus { read_at: Some(read_at), ..status })
@@ -88,7 +88,7 @@ impl Service {
         &self,
         request: Request<proto::ListRequest>,
     ) -> Result<proto::SuggestMovesReply, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         let stale = request.get_ref().consistency.unwrap_or_default().stale;
         let look = |state: &State| moves::rebalance(state).iter().map(|next| view::suggestion(state, next)).collect();
         let (moves, read_at) = self.core.read(stale.into(), look).await?;

@@ -54,7 +54,7 @@ impl Service {
         &self,
         request: Request<proto::ListRequest>,
     ) -> Result<proto::ListTenantsReply, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;
         let after: TenantId = page::after(&body.after)?;
@@ -105,7 +105,7 @@ impl Service {
         &self,
         request: Request<proto::ListRequest>,
     ) -> Result<proto::ListUsersReply, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         caller.must_be_operator()?;
         let look = |state: &State| {
             let user = |user: &model::User| match user.role {
@@ -142,7 +142,7 @@ impl Service {
         &self,
         request: Request<proto::ListRequest>,
     ) -> Result<proto::ListTemplatesReply, ApiError> {
-        access::caller(&self.core, &request).await?;
+        access::caller(&request)?;
         let look = |state: &State| state.templates().values().map(view::template).collect();
         let (templates, _) = self.core.read(Freshness::Linearizable, look).await?;
         Ok(proto::ListTemplatesReply { templates })
@@ -163,7 +163,7 @@ impl Service {
         &self,
         request: Request<proto::ListRequest>,
     ) -> Result<proto::ListSettingsReply, ApiError> {
-        access::caller(&self.core, &request).await?;
+        access::caller(&request)?;
         let look = |state: &State| {
             setting::SETTINGS.iter().map(|known| shown_setting(known, state.setting(known.name))).collect()
         };
@@ -215,11 +215,11 @@ mod tests {
         let service = Service { core: cloud.core.clone() };
         let user =
             |name: &str| proto::CreateUserRequest { name: name.into(), role: "operator".into(), tenant: String::new() };
-        let ann = service.user_create(cloud.call(&cloud.token, RequestId(1), user("ann"))).await.unwrap().token;
-        let made = service.user_create(cloud.call(&cloud.token, RequestId(2), user("bob"))).await.unwrap();
-        let again = service.user_create(cloud.call(&cloud.token, RequestId(2), user("bob"))).await.unwrap();
+        let ann = service.user_create(cloud.call(&cloud.token, RequestId(1), user("ann")).await).await.unwrap().token;
+        let made = service.user_create(cloud.call(&cloud.token, RequestId(2), user("bob")).await).await.unwrap();
+        let again = service.user_create(cloud.call(&cloud.token, RequestId(2), user("bob")).await).await.unwrap();
         assert_eq!(again.token, made.token);
-        let other = service.user_create(cloud.call(&ann, RequestId(2), user("bob"))).await.unwrap_err();
+        let other = service.user_create(cloud.call(&ann, RequestId(2), user("bob")).await).await.unwrap_err();
         assert_eq!(other.code, "request-reused");
     }
 }

@@ -55,7 +55,7 @@ impl Service {
         &self,
         request: Request<proto::QuorumStatusRequest>,
     ) -> Result<proto::QuorumStatusReply, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         let status = self.core.replica.survey().await;
         let (cluster, names, epoch, level) = self.core.replica.read(|state| {
             let names: std::collections::BTreeMap<_, _> =
@@ -106,7 +106,7 @@ impl Service {
         &self,
         request: Request<proto::QuorumCheckRequest>,
     ) -> Result<proto::QuorumCheckReply, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         let turn = ONE_CHECK.try_acquire();
         let _turn = turn.map_err(|_| ApiError::overloaded("another check runs on this controller"))?;
         self.core.linearize().await?;
@@ -129,7 +129,7 @@ impl Service {
         &self,
         request: Request<proto::BackUpQuorumRequest>,
     ) -> Result<Flow<proto::Chunk>, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         caller.must_be_operator()?;
         let turn = ONE_CHECK.try_acquire();
         let turn = turn.map_err(|_| ApiError::overloaded("another check or backup runs on this controller"))?;
@@ -177,7 +177,7 @@ impl Service {
         &self,
         request: Request<proto::UpgradeQuorumRequest>,
     ) -> Result<proto::UpgradeQuorumReply, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         self.core.linearize().await?;
         let from = self.core.replica.read(|state| state.quorum().level);
         let level = self.core.replica.survey().await.common_level().map_err(|silent| {
@@ -194,7 +194,7 @@ impl Service {
     }
 
     pub(super) async fn quorum_add(&self, request: Request<proto::ControllerRef>) -> Result<proto::Done, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         let id = ControllerId(request.into_inner().id);
         self.core.linearize().await?;
         let address = self.core.replica.read(|state| {
@@ -210,7 +210,7 @@ impl Service {
     }
 
     pub(super) async fn quorum_remove(&self, request: Request<proto::ControllerRef>) -> Result<proto::Done, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         let id = ControllerId(request.into_inner().id);
         self.core.linearize().await?;
         let known = self.core.replica.read(|state| state.controllers().contains(&id));
@@ -237,7 +237,7 @@ impl Service {
         &self,
         request: Request<proto::ControllerRef>,
     ) -> Result<proto::Done, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         self.core.replica.transfer(ControllerId(request.into_inner().id)).await.map_err(membership_error)?;
         Ok(proto::Done {})
     }

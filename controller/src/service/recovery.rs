@@ -24,7 +24,7 @@ impl Service {
         &self,
         request: Request<proto::RecoveryRequest>,
     ) -> Result<proto::RecoveryStatus, ApiError> {
-        access::caller(&self.core, &request).await?.must_be_operator()?;
+        access::caller(&request)?.must_be_operator()?;
         let stale = request.into_inner().stale;
         let (status, read_at) = self.core.read(stale.into(), |state| self.recovery_shown(state)).await?;
         Ok(proto::RecoveryStatus { read_at: Some(read_at), ..status })

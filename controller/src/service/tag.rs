@@ -20,7 +20,7 @@ impl Service {
     }
 
     pub(super) async fn tag_get(&self, request: Request<proto::GetTagRequest>) -> Result<proto::Tag, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let look = |state: &State| {
             let tenant = name::tenant(state, &caller, &body.tenant)?.id;
@@ -35,7 +35,7 @@ impl Service {
         &self,
         request: Request<proto::ListRequest>,
     ) -> Result<proto::ListTagsReply, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let limit = page::limit(body.limit)?;
         let look = |state: &State| {

@@ -100,7 +100,7 @@ impl Service {
     }
 
     pub(super) async fn vm_get(&self, request: Request<proto::GetVmRequest>) -> Result<proto::Vm, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let look = |state: &State| {
             let vm = name::vm(state, &caller, &body.tenant, &body.vm)?;
@@ -114,7 +114,7 @@ impl Service {
         &self,
         request: Request<proto::ListVmsRequest>,
     ) -> Result<proto::ListVmsReply, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         page_of_vms(&self.core, &caller, &body, page::limit(body.limit)?).await
     }
@@ -125,7 +125,7 @@ impl Service {
         &self,
         request: Request<proto::ListVmsRequest>,
     ) -> Result<Flow<proto::ListVmsReply>, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let mut asked = request.into_inner();
         let first = page_of_vms(&self.core, &caller, &asked, STREAMED_ROWS).await?;
         if !asked.stale {
@@ -149,7 +149,7 @@ impl Service {
         &self,
         request: Request<proto::ConsoleLogRequest>,
     ) -> Result<proto::ConsoleLogReply, ApiError> {
-        let caller = access::caller(&self.core, &request).await?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let look = |state: &State| {
             let vm = name::vm(state, &caller, &body.tenant, &body.vm)?;

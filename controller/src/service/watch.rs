@@ -68,8 +68,8 @@ impl Service {
         &self,
         request: Request<proto::WatchRequest>,
     ) -> Result<Flow<proto::WatchReply>, ApiError> {
-        let token = access::token_of(&request)?;
-        let caller = access::caller(&self.core, &request).await?;
+        let token = access::token_of(request.metadata())?;
+        let caller = access::caller(&request)?;
         let body = request.into_inner();
         let turn = WATCHERS.try_acquire();
         let turn = turn.map_err(|_| ApiError::overloaded("too many watch this controller: ask another"))?;

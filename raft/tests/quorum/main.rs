@@ -270,7 +270,9 @@ async fn only_controllers_are_listened_to() {
     let mut client = tonic::client::Grpc::new(channel);
     client.ready().await.unwrap();
     let path = tonic::codegen::http::uri::PathAndQuery::from_static("/trefoil.raft.v1.Peer/Call");
-    let codec = tonic_prost::ProstCodec::<(), ()>::default();
-    let refused = client.unary(tonic::Request::new(()), path, codec).await.unwrap_err();
+    // Longer than any message may be: who it is from is asked before it is taken in.
+    let codec = tonic_prost::ProstCodec::<bytes::Bytes, ()>::default();
+    let message = tonic::Request::new(bytes::Bytes::from(vec![0; 40 << 20]));
+    let refused = client.unary(message, path, codec).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused:?}");
 }
