@@ -13,6 +13,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use api::tls::{HANDSHAKE_TIMEOUT, PEER_NAME, holder};
 use model::ControllerId;
+use nix::sys::resource::{Resource, getrlimit};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
@@ -23,10 +24,20 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, rustls::server::Acceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
 
+mod guest;
+
+use guest::Guest;
+
 /// At a time: what a core does in a tenth of a second.
 const HANDSHAKES: usize = 256;
 /// Who has connected and not said yet whom it wants.
 const CALLERS: usize = 1024;
+/// From other controllers: far more than they ever open.
+const PEERS: usize = 1024;
+/// Of a hundred files that the process may have open, connections to the port are so many at most, and those of this
+/// machine's socket so many: what is left is for the quorum and the disk.
+const PERCENT_OF_PORT: u64 = 75;
+const PERCENT_OF_SOCKET: u64 = 10;
 /// Those that are done and wait for the server.
 const AHEAD: usize = 16;
 /// After the system refused a connection (too many open files), it will refuse the next one too.
@@ -36,7 +47,7 @@ const HELLO_BYTES: usize = 16 << 10;
 const REST_OF_HELLO: Duration = Duration::from_millis(5);
 
 /// Connections whose handshake is done.
-pub(crate) type Incoming<S> = ReceiverStream<io::Result<TlsStream<S>>>;
+pub(crate) type Incoming<S> = ReceiverStream<io::Result<Guest<S>>>;
 
 /// Listens until `stopped`. Gives the connections of other controllers, which live on the quorum's threads, and all others.
 pub(crate) fn open(
@@ -45,7 +56,7 @@ pub(crate) fn open(
     quorum: Handle,
     stopped: impl Future<Output = ()> + Send + 'static,
 ) -> (Incoming<TcpStream>, Incoming<TcpStream>) {
-    let (peers, others) = (Door::new(tls), Door::new(tls));
+    let (peers, others) = (Door::new(tls, PEERS), Door::new(tls, files_in(PERCENT_OF_PORT)));
     let (peers_in, others_in) = (ReceiverStream::new(peers.1), ReceiverStream::new(others.1));
     let let_in = let_in(listener, Arc::new(peers.0), Arc::new(others.0), quorum);
     tokio::spawn(async move {
@@ -63,7 +74,7 @@ pub(crate) fn open_unix(
     tls: &TlsAcceptor,
     stopped: impl Future<Output = ()> + Send + 'static,
 ) -> Incoming<UnixStream> {
-    let (door, incoming) = Door::new(tls);
+    let (door, incoming) = Door::new(tls, files_in(PERCENT_OF_SOCKET));
     let door = Arc::new(door);
     let let_in = async move {
         loop {
@@ -146,16 +157,24 @@ fn holder_of<S>(stream: &TlsStream<S>) -> Option<String> {
     stream.get_ref().1.peer_certificates()?.first().and_then(|certificate| holder(certificate))
 }
 
+fn files_in(percent: u64) -> usize {
+    // When the limit cannot be read, that of most systems.
+    let files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(limit, _)| limit);
+    usize::try_from(files / 100 * percent).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS)
+}
+
 struct Door<S> {
     tls: TlsAcceptor,
     places: Arc<Semaphore>,
-    done: mpsc::Sender<io::Result<TlsStream<S>>>,
+    guests: Arc<Semaphore>,
+    done: mpsc::Sender<io::Result<Guest<S>>>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Door<S> {
-    fn new(tls: &TlsAcceptor) -> (Self, mpsc::Receiver<io::Result<TlsStream<S>>>) {
+    fn new(tls: &TlsAcceptor, guests: usize) -> (Self, mpsc::Receiver<io::Result<Guest<S>>>) {
         let (done, ready) = mpsc::channel(AHEAD);
-        (Self { tls: tls.clone(), places: Arc::new(Semaphore::new(HANDSHAKES)), done }, ready)
+        let (places, guests) = (Arc::new(Semaphore::new(HANDSHAKES)), Arc::new(Semaphore::new(guests)));
+        (Self { tls: tls.clone(), places, guests, done }, ready)
     }
 
     /// In a task of its own, if there is a place; else the connection is closed. So it is when its holder is not welcome.
@@ -164,13 +183,17 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Door<S> {
             tracing::debug!("too many connections begin at once: one is turned away");
             return;
         };
+        let Ok(stay) = self.guests.clone().try_acquire_owned() else {
+            tracing::debug!("as many connections are open as may be: one is turned away");
+            return;
+        };
         let (tls, done) = (self.tls.clone(), self.done.clone());
         tokio::spawn(async move {
             let shaken = timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await;
             drop(place);
             match shaken {
                 // The server is stopping when nobody takes it.
-                Ok(Ok(stream)) if welcome(&stream) => drop(done.send(Ok(stream)).await),
+                Ok(Ok(stream)) if welcome(&stream) => drop(done.send(Ok(Guest::new(stream, stay))).await),
                 Ok(Ok(_)) => tracing::debug!("a stranger came to the door of controllers"),
                 Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
                 Err(_) => tracing::debug!("a handshake took too long"),
@@ -240,14 +263,39 @@ mod tests {
         let as_peer = |tls: ClientTlsConfig| tls.domain_name(PEER_NAME);
         let _host = house.knock(client_tls(&house.identity("node-7")));
         let came = timeout(SOON, house.others.next()).await.unwrap().unwrap().unwrap();
-        assert_eq!(holder_of(&came).as_deref(), Some("node-7"));
+        assert_eq!(holder_of(&came.stream).as_deref(), Some("node-7"));
         for stranger in [client_tls(&house.identity("node-7")), client_tls_ca(&house.authority.ca_pem)] {
             let _knocking = house.knock(as_peer(stranger));
             assert!(timeout(Duration::from_millis(300), house.peers.next()).await.is_err());
         }
         let _peer = house.knock(as_peer(client_tls(&house.identity("controller-2"))));
         let came = timeout(SOON, house.peers.next()).await.unwrap().unwrap().unwrap();
-        assert_eq!(holder_of(&came).as_deref(), Some("controller-2"));
+        assert_eq!(holder_of(&came.stream).as_deref(), Some("controller-2"));
+    }
+
+    #[tokio::test]
+    async fn who_stays_keeps_a_place_until_the_connection_is_closed() {
+        let authority = CertificateAuthority::create("doors").unwrap();
+        let tls = acceptor(&authority.issue("controller-1").unwrap()).unwrap();
+        let (door, mut ready) = Door::new(&tls, 1);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("https://{}", listener.local_addr().unwrap());
+        let knock = || {
+            let endpoint = Endpoint::from_shared(uri.clone()).unwrap();
+            let endpoint = endpoint.tls_config(client_tls_ca(&authority.ca_pem)).unwrap();
+            tokio::spawn(async move { endpoint.connect().await.is_ok() })
+        };
+        let open = async || door.shake_hands(listener.accept().await.unwrap().0, |_| true);
+        let _first = knock();
+        open().await;
+        let guest = timeout(SOON, ready.recv()).await.unwrap().unwrap();
+        let second = knock();
+        open().await;
+        assert!(!timeout(SOON, second).await.unwrap().unwrap(), "it is turned away at once");
+        drop(guest);
+        let _third = knock();
+        open().await;
+        timeout(SOON, ready.recv()).await.expect("there is room again").unwrap().unwrap();
     }
 
     #[tokio::test]
