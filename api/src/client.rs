@@ -173,7 +173,8 @@ impl Client {
                 }
             }
         };
-        let (index, reply) = rounds(self.endpoints(), self.deadline, id, attempt).await?;
+        let asked = id.map_or(Asked::Read, Asked::Change);
+        let (index, reply) = rounds(self.endpoints(), self.deadline, asked, attempt).await?;
         let answered = (first + index) % self.endpoints();
         let next = if id.is_some() { self.leader_named(&reply).unwrap_or(answered) } else { answered };
         start.store(next, Ordering::Relaxed);
@@ -242,7 +243,7 @@ pub async fn join(
             }
         }
     };
-    rounds(endpoints.len(), deadline, None, attempt).await.map(|(_, joined)| joined)
+    rounds(endpoints.len(), deadline, Asked::Join, attempt).await.map(|(_, joined)| joined)
 }
 
 fn open(endpoints: &[String], tls: &ClientTlsConfig) -> Result<Vec<Endpoint>, ApiError> {
@@ -265,7 +266,7 @@ fn stub(channel: Channel) -> TrefoilClient<Channel> {
 async fn rounds<A, Fut>(
     endpoints: usize,
     deadline: Duration,
-    id: Option<RequestId>,
+    asked: Asked,
     attempt: impl Fn(usize, Duration) -> Fut,
 ) -> Result<(usize, A), ApiError>
 where
@@ -281,7 +282,7 @@ where
         let left = give_up.saturating_duration_since(Instant::now());
         let error = match attempt(index, left.min(ATTEMPT_TIMEOUT)).await {
             Ok(answer) => return Ok((index, answer)),
-            Err(error) if !error.is_retryable() => return Err(error),
+            Err(error) if !error.is_retryable() => return Err(refused(error, perhaps_done, asked)),
             Err(error) => error,
         };
         perhaps_done |= error.code == "timeout";
@@ -291,7 +292,7 @@ where
         let round_over = (index + 1) % endpoints == 0;
         let pause = if round_over { backoff } else { Duration::ZERO };
         if Instant::now() + pause >= give_up {
-            return Err(given_up(said.unwrap_or(error), perhaps_done, id));
+            return Err(given_up(said.unwrap_or(error), perhaps_done, asked));
         }
         tracing::debug!(code = error.code, %error, attempt = index, "asking the next controller");
         if round_over {
@@ -302,13 +303,34 @@ where
     unreachable!("the loop ends by the deadline")
 }
 
-fn given_up(error: ApiError, perhaps_done: bool, id: Option<RequestId>) -> ApiError {
-    match id {
-        Some(id) if perhaps_done => ApiError::timeout(format!(
+/// What is tried until it is answered, and so what can be said of it when it is not.
+#[derive(Clone, Copy)]
+enum Asked {
+    Read,
+    Change(RequestId),
+    /// Again with the same key it is the same request, but the key is gone with this one.
+    Join,
+}
+
+fn given_up(error: ApiError, perhaps_done: bool, asked: Asked) -> ApiError {
+    match asked {
+        Asked::Change(id) if perhaps_done => ApiError::timeout(format!(
             "it is not known whether the request was carried out ({error}); asking again with --request-id {id} is safe"
         )),
+        Asked::Join if perhaps_done => ApiError::timeout(format!(
+            "it is not known whether the join was carried out ({error}); if it was, the token is used, and another one is needed"
+        )),
         // A read that was not answered is not done; there is nothing to be in doubt about.
-        None if error.code == "timeout" => ApiError::new("unavailable", error.message),
+        Asked::Read if error.code == "timeout" => ApiError::new("unavailable", error.message),
+        _ => error,
+    }
+}
+
+/// What the quorum refuses it has refused for good, earlier attempts and all. Who is turned away before the quorum looked for
+/// the request, or was given another one's place, hears nothing of them: they may have been carried out.
+fn refused(error: ApiError, perhaps_done: bool, asked: Asked) -> ApiError {
+    match error.code.as_str() {
+        "unauthenticated" | "forbidden" | "request-reused" => given_up(error, perhaps_done, asked),
         _ => error,
     }
 }

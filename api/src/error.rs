@@ -177,9 +177,10 @@ fn from_transport(status: &Status) -> ApiError {
         | Code::Cancelled
         | Code::DeadlineExceeded
         | Code::DataLoss
+        // A connection is closed with it that asks for too much; what was under way on it may have been carried out.
+        | Code::ResourceExhausted
         | Code::Aborted => ApiError::timeout(message),
         Code::OutOfRange => ApiError::new("too-large", message),
-        Code::ResourceExhausted => ApiError::overloaded(message),
         Code::Unimplemented => ApiError::new("unimplemented", message),
         Code::Unauthenticated => ApiError::unauthenticated(message),
         Code::PermissionDenied => ApiError::forbidden(message),
@@ -276,6 +277,7 @@ mod tests {
         assert_eq!(ApiError::from(Status::unavailable("keep-alive timed out")).code, "timeout");
         assert_eq!(ApiError::from(Status::unknown("transport error")).code, "timeout");
         assert_eq!(ApiError::from(Status::cancelled("Timeout expired")).kind, ErrorKind::Unknown);
+        assert_eq!(ApiError::from(Status::resource_exhausted("enhance your calm")).kind, ErrorKind::Unknown);
         assert_eq!(ApiError::from(Status::internal("h2 protocol error")).kind, ErrorKind::Unknown);
     }
 }

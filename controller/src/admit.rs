@@ -14,7 +14,10 @@ use api::{
 use model::{Actor, Command, JoinRole, PlannerCommand, Rejection, Reply, Request as Named, RequestId, State};
 use tonic::{Request, Response, Status};
 
-use crate::{core::Core, name};
+use crate::{
+    core::{Core, half_done},
+    name,
+};
 
 /// A join has a token and a signing request of 16 KiB each at most. Anybody may send one, so no more is taken in.
 pub(crate) const MAX_JOIN_BYTES: usize = 64 << 10;
@@ -75,7 +78,8 @@ impl Admission {
         let certificate_pem = self.sign(&body.csr, &id.to_string())?;
         let certificate = tls::fingerprint(&certificate_pem).map_err(|e| ApiError::internal(e.to_string()))?;
         let bind = Command::Planner(PlannerCommand::BindCertificate { node: id, certificate });
-        self.core.propose(Actor::System, None, bind).await?.applied?;
+        let bound = self.core.propose(Actor::System, None, bind).await;
+        bound.map_err(|error| half_done(&format!("{id} has joined"), error))?.applied?;
         let beat_key = self.core.authority.beat_key(id).map_err(|e| ApiError::internal(e.to_string()))?;
         tracing::info!(node = %id, name = body.name, "an agent joined");
         Ok(proto::JoinAgentReply {

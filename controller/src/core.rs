@@ -186,6 +186,17 @@ pub(crate) fn boottime() -> u64 {
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec()).unwrap_or(0)
 }
 
+/// Of a call in two steps whose first one is `done`: that nothing was changed is not true of it any more.
+pub(crate) fn half_done(done: &str, error: ApiError) -> ApiError {
+    if !error.is_retryable() {
+        return error;
+    }
+    ApiError::timeout(format!(
+        "{done}, but what follows from it is not confirmed ({}): asking again is safe",
+        error.code
+    ))
+}
+
 pub(crate) fn read_error(error: ReadError) -> ApiError {
     match error {
         ReadError::NoQuorum => ApiError::no_quorum(
@@ -213,5 +224,18 @@ pub(crate) fn propose_error(error: ProposeError) -> ApiError {
             format!("it needs feature level {needs}, and the cloud is at {at}: 'trefoil quorum upgrade' raises it"),
         ),
         ProposeError::Stopped => ApiError::new("unavailable", "this controller is stopping; nothing was changed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_half_done_is_not_called_undone() {
+        let error = half_done("it is out", propose_error(ProposeError::NoQuorum));
+        assert_eq!(error.code, "timeout");
+        assert!(error.message.contains("it is out") && !error.message.contains("nothing was changed"), "{error}");
+        assert_eq!(half_done("it is out", ApiError::not_found("x")).code, "not-found");
     }
 }

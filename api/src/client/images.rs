@@ -23,7 +23,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Status};
 
-use super::{Client, FIRST_BACKOFF, LAST_BACKOFF, given_up};
+use super::{Asked, Client, FIRST_BACKOFF, LAST_BACKOFF, given_up, refused};
 use crate::{
     error::ApiError,
     proto::{Image, ImportImageHeader, ImportImageRequest, NamedRef, import_image_request::Part},
@@ -51,7 +51,7 @@ impl Client {
         progress: impl Fn(u64),
     ) -> Result<Image, ApiError> {
         let upload = |index: usize| self.upload(index, id, header.clone(), path, &progress);
-        self.restarting(Some(id), upload).await
+        self.restarting(Asked::Change(id), upload).await
     }
 
     /// Downloads into `path`, which is replaced when all bytes are there. Returns the digest of what was written.
@@ -61,16 +61,12 @@ impl Client {
     pub async fn export_image(&self, image: NamedRef, path: &Path, progress: impl Fn(u64)) -> Result<Digest, ApiError> {
         let beside = path.with_extension("part");
         let download = |index: usize| self.download(index, image.clone(), &beside, &progress);
-        let digest = self.restarting(None, download).await?;
+        let digest = self.restarting(Asked::Read, download).await?;
         std::fs::rename(&beside, path).map_err(|e| local("write", path, &e))?;
         Ok(digest)
     }
 
-    pub(super) async fn restarting<A, Fut>(
-        &self,
-        id: Option<RequestId>,
-        attempt: impl Fn(usize) -> Fut,
-    ) -> Result<A, ApiError>
+    pub(super) async fn restarting<A, Fut>(&self, asked: Asked, attempt: impl Fn(usize) -> Fut) -> Result<A, ApiError>
     where
         Fut: Future<Output = Result<A, ApiError>>,
     {
@@ -82,7 +78,7 @@ impl Client {
             let started = Instant::now();
             let error = match attempt(index).await {
                 Ok(answer) => return Ok(answer),
-                Err(error) if !error.is_retryable() => return Err(error),
+                Err(error) if !error.is_retryable() => return Err(refused(error, perhaps_done, asked)),
                 Err(error) => error,
             };
             // The time that bytes took to move is not held against the next attempt; it is against the one after.
@@ -91,7 +87,7 @@ impl Client {
             }
             perhaps_done |= error.code == "timeout";
             if Instant::now() + backoff >= give_up {
-                return Err(given_up(error, perhaps_done, id));
+                return Err(given_up(error, perhaps_done, asked));
             }
             sleep(backoff).await;
             backoff = (backoff * 2).min(LAST_BACKOFF);

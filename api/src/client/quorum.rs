@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::Client;
+use super::{Asked, Client};
 use crate::{
     error::ApiError,
     proto::BackUpQuorumRequest,
@@ -31,7 +31,7 @@ impl Client {
         }
         let beside = path.with_added_extension("part");
         let receive = |index: usize| self.receive_backup(index, &beside, &progress);
-        let received = self.restarting(None, receive).await;
+        let received = self.restarting(Asked::Read, receive).await;
         let finished = received.and_then(|()| {
             let backup = read_quorum_backup(&beside)?;
             fs::hard_link(&beside, path).map_err(|error| match error.kind() {

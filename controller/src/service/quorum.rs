@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
 
 use super::{Flow, Service};
-use crate::{access, access::Caller};
+use crate::{access, access::Caller, core::half_done};
 
 /// How long a join token is good for when nothing else was asked.
 const DEFAULT_VALID_MILLIS: u64 = 60 * 60 * 1000;
@@ -205,7 +205,8 @@ impl Service {
         if !self.core.replica.members().contains_key(&id) {
             self.core.replica.add_learner(id, &address).await.map_err(membership_error)?;
         }
-        self.core.replica.promote(id).await.map_err(membership_error)?;
+        let promoted = self.core.replica.promote(id).await.map_err(membership_error);
+        promoted.map_err(|error| half_done(&format!("{id} is a member without a vote"), error))?;
         Ok(proto::Done {})
     }
 
@@ -224,11 +225,16 @@ impl Service {
         // Out of the voters first: that may be refused, and then nothing has changed. Should the leader take it in again
         // before it is retired in the book, it lets it go again afterwards.
         if member {
-            self.core.replica.remove(id).await.map_err(membership_error)?;
+            match self.core.replica.remove(id).await {
+                // Somebody else did it, or an earlier try of this call.
+                Ok(()) | Err(MembershipError::NotFound(_)) => {}
+                Err(error) => return Err(membership_error(error)),
+            }
         }
         if known {
             let retire = Command::Planner(PlannerCommand::RetireController { controller: id });
-            self.core.propose(Actor::System, None, retire).await?.applied?;
+            let retired = self.core.propose(Actor::System, None, retire).await;
+            retired.map_err(|error| half_done(&format!("{id} is out of the quorum"), error))?.applied?;
         }
         Ok(proto::Done {})
     }
