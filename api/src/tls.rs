@@ -295,17 +295,24 @@ pub fn peer_identity<T>(request: &tonic::Request<T>) -> Option<String> {
     peer_certificate(request).and_then(|der| holder(&der))
 }
 
-/// The digest of the verified certificate, as [`fingerprint`] gives it.
-pub fn peer_fingerprint<T>(request: &tonic::Request<T>) -> Option<Digest> {
-    peer_certificate(request).map(|der| Digest::of(&der))
+/// By what the holder of the verified certificate may be known: the digest of its public key, as [`key_digest`] gives it, and
+/// that of the certificate itself.
+pub fn peer_digests<T>(request: &tonic::Request<T>) -> Option<[Digest; 2]> {
+    let der = peer_certificate(request)?;
+    Some([digest_of_key(&der)?, Digest::of(&der)])
 }
 
-/// The digest of a certificate's DER form.
+/// The digest of the public key in a certificate: the same however often the certificate is made anew.
 ///
 /// # Errors
 /// When the text is not one certificate.
-pub fn fingerprint(cert_pem: &str) -> Result<Digest, TlsError> {
-    certificate_der(cert_pem).map(|der| Digest::of(&der))
+pub fn key_digest(cert_pem: &str) -> Result<Digest, TlsError> {
+    digest_of_key(&certificate_der(cert_pem)?).ok_or(TlsError::BadCertificate)
+}
+
+fn digest_of_key(der: &[u8]) -> Option<Digest> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
+    Some(Digest::of(certificate.public_key().raw))
 }
 
 fn peer_certificate<T>(request: &tonic::Request<T>) -> Option<Vec<u8>> {

@@ -76,10 +76,13 @@ impl Admission {
             return Err(ApiError::internal("an agent's join replied with another noun"));
         };
         let certificate_pem = self.sign(&body.csr, &id.to_string())?;
-        let certificate = tls::fingerprint(&certificate_pem).map_err(|e| ApiError::internal(e.to_string()))?;
-        let bind = Command::Planner(PlannerCommand::BindCertificate { node: id, certificate });
-        let bound = self.core.propose(Actor::System, None, bind).await;
-        bound.map_err(|error| half_done(&format!("{id} has joined"), error))?.applied?;
+        // Of the key and not of this certificate, which each try makes anew: an earlier try whose entry is late binds the same.
+        let certificate = tls::key_digest(&certificate_pem).map_err(|e| ApiError::internal(e.to_string()))?;
+        if !self.core.replica.read(|state| state.nodes().get(&id).is_some_and(|node| node.certificate == certificate)) {
+            let bind = Command::Planner(PlannerCommand::BindCertificate { node: id, certificate });
+            let bound = self.core.propose(Actor::System, None, bind).await;
+            bound.map_err(|error| half_done(&format!("{id} has joined"), error))?.applied?;
+        }
         let beat_key = self.core.authority.beat_key(id).map_err(|e| ApiError::internal(e.to_string()))?;
         tracing::info!(node = %id, name = body.name, "an agent joined");
         Ok(proto::JoinAgentReply {
@@ -180,7 +183,12 @@ mod tests {
         cloud.operator(issue).await;
         let body = asked(&token(1), "alpha");
         let joined = admission.agent(body.clone()).await.unwrap();
-        assert_eq!(admission.agent(body).await.unwrap().id, joined.id, "the same request has the same answer");
+        let bound =
+            || cloud.core.replica.read(|state| state.nodes().get(&model::NodeId(joined.id)).unwrap().certificate);
+        let (before, index) = (bound(), cloud.index());
+        let again = admission.agent(body).await.unwrap();
+        assert_eq!(again.id, joined.id, "the same request has the same answer");
+        assert_eq!((bound(), cloud.index()), (before, index), "and either certificate is good");
         let refused = admission.agent(asked(&token(1), "beta")).await.unwrap_err();
         assert_eq!(refused.code, "bad-join-token", "it is used");
         let other = JoinToken { role: JoinRole::Controller, ..token(1) };

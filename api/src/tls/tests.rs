@@ -26,7 +26,8 @@ impl Join for Mirror {
     }
     async fn join_agent(&self, request: Request<JoinRequest>) -> Result<Response<JoinAgentReply>, Status> {
         let cluster = peer_identity(&request).unwrap_or_default();
-        let beat_key = peer_fingerprint(&request).map(|digest| digest.0.to_vec()).unwrap_or_default();
+        let beat_key =
+            peer_digests(&request).map(|digests| digests.map(|digest| digest.0).concat()).unwrap_or_default();
         Ok(Response::new(JoinAgentReply { cluster, beat_key: beat_key.into(), ..Default::default() }))
     }
 }
@@ -60,7 +61,9 @@ async fn peers_are_known_by_their_certificate_on_tcp_and_on_the_unix_socket() {
     for endpoint in &endpoints {
         let known = ask(endpoint, client_tls(&node)).await.unwrap();
         assert_eq!(known.cluster, "node-3", "{endpoint}");
-        assert_eq!(known.beat_key, fingerprint(&node.cert_pem).unwrap().0.to_vec(), "{endpoint}");
+        let of_certificate = Digest::of(&certificate_der(&node.cert_pem).unwrap());
+        let digests = [key_digest(&node.cert_pem).unwrap(), of_certificate].map(|digest| digest.0).concat();
+        assert_eq!(known.beat_key, digests, "{endpoint}");
         assert_eq!(ask(endpoint, client_tls_ca(&ca.ca_pem)).await.unwrap().cluster, "", "{endpoint}");
         ask(endpoint, client_tls_ca(&stranger.ca_pem)).await.expect_err("a server of another authority");
         let forged = Identity { ca_pem: ca.ca_pem.clone(), ..stranger.issue("node-3").unwrap() };
@@ -89,6 +92,18 @@ fn only_the_public_key_of_a_request_is_believed() {
     *broken.last_mut().unwrap() ^= 1;
     assert!(ca.sign(&broken, "node-3").is_err(), "the signature of the request is checked");
     assert!(ca.sign(b"junk", "node-3").is_err() && ca.sign(csr.der(), "nöde").is_err());
+}
+
+#[test]
+fn a_certificate_that_is_made_anew_is_of_the_same_key() {
+    let ca = CertificateAuthority::create("test").unwrap();
+    let request = make_key_and_csr().unwrap();
+    let [first, again] = [(); 2].map(|()| ca.sign(&request.csr_der, "node-3").unwrap());
+    assert_ne!(certificate_der(&first).unwrap(), certificate_der(&again).unwrap());
+    assert_eq!(key_digest(&first).unwrap(), key_digest(&again).unwrap());
+    let another = ca.sign(&make_key_and_csr().unwrap().csr_der, "node-3").unwrap();
+    assert_ne!(key_digest(&first).unwrap(), key_digest(&another).unwrap());
+    assert!(key_digest("junk").is_err());
 }
 
 #[test]
