@@ -55,7 +55,7 @@ impl Fixture {
     }
 
     pub async fn operator(&self, command: OperatorCommand) -> Reply {
-        self.done(Command::Operator(command)).await
+        self.done(Actor::System, Command::Operator(command)).await
     }
 
     /// A call as it comes through the gate.
@@ -68,8 +68,8 @@ impl Fixture {
         request
     }
 
-    async fn done(&self, command: Command) -> Reply {
-        let committed = self.core.propose(Actor::System, None, command).await.unwrap();
+    pub async fn done(&self, actor: Actor, command: Command) -> Reply {
+        let committed = self.core.propose(actor, None, command).await.unwrap();
         self.core.applied(committed.index).await.unwrap();
         committed.applied.unwrap()
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use api::{
     client::{Client, new_request_id},
     error::ApiError,
-    proto::{GetVmRequest, ListRequest, ListVmsRequest, Node, QuorumStatusReply, QuorumStatusRequest, Vm},
+    proto::{GetVmRequest, Image, ListRequest, ListVmsRequest, Node, QuorumStatusReply, QuorumStatusRequest, Vm},
 };
 
 /// The largest page.
@@ -50,6 +50,19 @@ pub async fn nodes(client: &Client) -> Result<Vec<Node>, ApiError> {
         let body = ListRequest { limit: PAGE, after, ..ListRequest::default() };
         let page = ask!(client, list_nodes, body)?;
         all.extend(page.nodes);
+        if page.next.is_empty() {
+            return Ok(all);
+        }
+        after = page.next;
+    }
+}
+
+pub async fn images(client: &Client, tenant: &str) -> Result<Vec<Image>, ApiError> {
+    let (mut all, mut after) = (Vec::new(), String::new());
+    loop {
+        let body = ListRequest { tenant: tenant.into(), limit: PAGE, after, ..ListRequest::default() };
+        let page = ask!(client, list_images, body)?;
+        all.extend(page.images);
         if page.next.is_empty() {
             return Ok(all);
         }

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use api::proto::{BackUpVmRequest, CreateVmRequest, Image, ListRequest, Vm};
+use api::proto::{BackUpVmRequest, CreateVmRequest, Image, Vm};
 use tokio::time::sleep;
 
 use super::{
-    ask::{self, ask, tell},
+    ask::{self, tell},
     heal::Heal,
     stage::Stage,
 };
@@ -81,7 +81,6 @@ async fn restore(stage: &mut Stage, vm: &Vm, image: &Image) -> Result<()> {
 }
 
 async fn newest(stage: &Stage, tenant: &str, id: &str) -> Result<Option<Image>> {
-    let body = ListRequest { tenant: tenant.to_owned(), limit: 1000, ..ListRequest::default() };
-    let images = ask!(stage.client, list_images, body)?.images;
+    let images = ask::images(&stage.client, tenant).await?;
     Ok(images.into_iter().filter(|image| image.backup_of == id).max_by_key(|image| image.taken_at_millis))
 }

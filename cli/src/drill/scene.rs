@@ -90,7 +90,7 @@ pub async fn machines(client: &Client, own: &Own<'_>, undo: &mut Vec<Heal>) -> R
 async fn spread(client: &Client) -> Result<()> {
     let asked = Instant::now();
     loop {
-        let images = ask!(client, list_images, list())?.images;
+        let images = ask::images(client, TENANT).await?;
         let missing = images.iter().find(|image| image.replicas.len() < image.wanted_replicas as usize);
         let Some(missing) = missing else { return Ok(()) };
         ensure!(asked.elapsed() < READY, "{} has too few copies", missing.name);
@@ -99,12 +99,8 @@ async fn spread(client: &Client) -> Result<()> {
 }
 
 async fn backups(client: &Client) -> Result<Vec<String>> {
-    let images = ask!(client, list_images, list())?.images;
+    let images = ask::images(client, TENANT).await?;
     Ok(images.into_iter().filter(|image| !image.backup_of.is_empty()).map(|image| image.name).collect())
-}
-
-fn list() -> ListRequest {
-    ListRequest { tenant: TENANT.into(), limit: 1000, ..ListRequest::default() }
 }
 
 async fn import(client: &Client, path: &Path) -> Result<()> {

@@ -140,8 +140,8 @@ impl Service {
             let all = caller.role == Role::Operator && body.tenant.is_empty();
             let tenant = if all { None } else { Some(name::tenant(state, &caller, &body.tenant)?.id) };
             let rows = state.images().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, image)| image);
-            let rows = rows.filter(|image| tenant.is_none_or(|tenant| image.tenant == tenant));
-            let (rows, next) = page::cut(rows, limit, |image: &&Image| image.id.to_string());
+            let fits = |image: &Image| tenant.is_none_or(|tenant| image.tenant == tenant);
+            let (rows, next) = page::cut(rows, fits, limit, |image| image.id.to_string());
             Ok((rows.into_iter().map(|image| view::image(state, image)).collect::<Vec<_>>(), next))
         };
         let stale = body.consistency.unwrap_or_default().stale;

@@ -3,7 +3,7 @@
 use std::ops::Bound;
 
 use api::{error::ApiError, proto};
-use model::{Command, NetworkId, Reply, Role, State, TenantCommand};
+use model::{Command, Network, NetworkId, Reply, Role, State, TenantCommand};
 use tonic::Request;
 
 use super::{Service, page};
@@ -36,8 +36,8 @@ impl Service {
             let all = caller.role == Role::Operator && body.tenant.is_empty();
             let tenant = if all { None } else { Some(name::tenant(state, &caller, &body.tenant)?.id) };
             let rows = state.networks().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, network)| network);
-            let rows = rows.filter(|network| tenant.is_none_or(|tenant| network.tenant == tenant));
-            let (rows, next) = page::cut(rows, limit, |network| network.id.to_string());
+            let fits = |network: &Network| tenant.is_none_or(|tenant| network.tenant == tenant);
+            let (rows, next) = page::cut(rows, fits, limit, |network| network.id.to_string());
             Ok((rows.into_iter().map(|network| view::network(state, network)).collect::<Vec<_>>(), next))
         };
         let stale = body.consistency.unwrap_or_default().stale;

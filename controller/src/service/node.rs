@@ -23,7 +23,7 @@ impl Service {
         let after: NodeId = page::after(&body.after)?;
         let look = |state: &State| {
             let rows = state.nodes().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, node)| node);
-            let (rows, next) = page::cut(rows, limit, |node| node.id.to_string());
+            let (rows, next) = page::cut(rows, |_| true, limit, |node| node.id.to_string());
             self.core
                 .hear(|ears| (rows.into_iter().map(|node| view::node(state, ears, node)).collect::<Vec<_>>(), next))
         };

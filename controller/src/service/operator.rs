@@ -59,13 +59,12 @@ impl Service {
         let limit = page::limit(body.limit)?;
         let after: TenantId = page::after(&body.after)?;
         let look = |state: &State| {
-            let rows = state.tenants().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, tenant)| tenant);
-            let visible = |id: TenantId| match caller.role {
-                Role::Operator => true,
-                Role::Member(own) => own == id,
+            let later = match caller.role {
+                Role::Operator => (Bound::Excluded(after), Bound::Unbounded),
+                Role::Member(own) => (Bound::Included(own), Bound::Included(own)),
             };
-            let (rows, next) =
-                page::cut(rows.filter(|tenant| visible(tenant.id)), limit, |tenant| tenant.id.to_string());
+            let rows = state.tenants().range(later).map(|(_, tenant)| tenant);
+            let (rows, next) = page::cut(rows, |tenant| tenant.id > after, limit, |tenant| tenant.id.to_string());
             (rows.into_iter().map(|tenant| view::tenant(state, tenant)).collect::<Vec<_>>(), next)
         };
         let stale = body.consistency.unwrap_or_default().stale;

@@ -42,7 +42,7 @@ impl Service {
             let tenant = name::tenant(state, &caller, &body.tenant)?.id;
             let rows = state.tags().range((Bound::Excluded((tenant, body.after.clone())), Bound::Unbounded));
             let rows = rows.take_while(|((owner, _), _)| *owner == tenant);
-            let (rows, next) = page::cut(rows, limit, |((_, key), _)| key.clone());
+            let (rows, next) = page::cut(rows, |_| true, limit, |((_, key), _)| key.clone());
             let tag = |((_, key), tag): (&(_, String), &model::Tag)| proto::Tag {
                 key: key.clone(),
                 value: tag.value.clone(),

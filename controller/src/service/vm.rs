@@ -208,18 +208,19 @@ async fn page_of_vms(
     let after: VmId = page::after(&asked.after)?;
     let look = |state: &State| {
         let node = if asked.node.is_empty() { None } else { Some(name::node(state, &asked.node)?.id) };
-        let fits = |vm: &&Vm| {
+        let all_tenants = caller.role == Role::Operator && asked.tenant.is_empty();
+        let tenant = if all_tenants { None } else { Some(name::tenant(state, caller, &asked.tenant)?.id) };
+        let fits = |vm: &Vm| {
             !vm.ghost
-                && node.is_none_or(|node| vm.placement.is_some_and(|placement| placement.node == node))
+                && tenant.is_none_or(|tenant| vm.tenant == tenant)
                 && (asked.status.is_empty() || vm.status().to_string() == asked.status)
         };
-        let all_tenants = caller.role == Role::Operator && asked.tenant.is_empty();
-        let rows: Box<dyn Iterator<Item = &Vm>> = if all_tenants {
-            Box::new(state.vms().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, vm)| vm))
-        } else {
-            Box::new(state.vms_of_tenant_after(name::tenant(state, caller, &asked.tenant)?.id, after))
+        let rows: Box<dyn Iterator<Item = &Vm>> = match (node, tenant) {
+            (Some(node), _) => Box::new(state.vms_on_node(node).filter(|vm| vm.id > after)),
+            (None, Some(tenant)) => Box::new(state.vms_of_tenant_after(tenant, after)),
+            (None, None) => Box::new(state.vms().range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, vm)| vm)),
         };
-        let (vms, next) = page::cut(rows.filter(fits), limit, |vm| vm.id.to_string());
+        let (vms, next) = page::cut(rows, fits, limit, |vm| vm.id.to_string());
         Ok(core.hear(|ears| (vms.into_iter().map(|vm| view::vm(state, ears, vm)).collect::<Vec<_>>(), next)))
     };
     let freshness = match asked.at_least {
@@ -269,4 +270,91 @@ pub(super) fn delete(state: &State, caller: &Caller, body: &proto::DeleteVmReque
         vm: name::vm(state, caller, &body.tenant, &body.vm)?.id,
         force: body.force,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use model::{
+        Actor, Capacity, Digest, HypervisorKind, ImageFormat, ImageId, JoinRole, NetworkId, NodeCommand, NodeId,
+        PlannerCommand, Quota, TenantId,
+    };
+
+    use super::*;
+    use crate::fixture::Fixture;
+
+    /// Two hosts; of each of two tenants a machine on either, and of the first one that waits.
+    async fn cloud() -> Fixture {
+        let cloud = Fixture::new().await;
+        let planner = async |command| cloud.done(Actor::System, Command::Planner(command)).await;
+        let tenant = async |command| cloud.done(Actor::System, Command::Tenant(command)).await;
+        let size = Capacity { vcpus: 64, memory_bytes: 1 << 36, disk_bytes: 1 << 40 };
+        for number in [1, 2] {
+            let (token, role, name) = (Digest([number; 32]), JoinRole::Agent, format!("host{number}"));
+            cloud.operator(OperatorCommand::IssueJoinToken { token, role, valid_millis: 60_000 }).await;
+            planner(PlannerCommand::JoinNode { token, name }).await;
+            let node = NodeId(number.into());
+            let attach = NodeCommand::Attach {
+                node,
+                address: format!("192.0.2.{number}:7471"),
+                underlay: [192, 0, 2, number].into(),
+                hypervisor: HypervisorKind::Qemu,
+                capacity: size,
+            };
+            cloud.done(Actor::Node(node), Command::Node(attach)).await;
+        }
+        for (id, name) in [(1, "acme"), (2, "bolt")] {
+            let quota = Quota { vms: 10, size, networks: 2, image_bytes: 1 << 40 };
+            cloud.operator(OperatorCommand::CreateTenant { name: name.into(), quota }).await;
+            let (id, range) = (TenantId(id), "10.0.0.0/24".parse().unwrap());
+            tenant(TenantCommand::CreateNetwork { tenant: id, name: "lan".into(), range }).await;
+            tenant(TenantCommand::ImportImage {
+                tenant: id,
+                name: "debian".into(),
+                format: ImageFormat::Qcow2,
+                size_bytes: 1 << 30,
+                virtual_bytes: 1 << 30,
+                digest: Digest([5; 32]),
+                replicas: vec![NodeId(1)],
+            })
+            .await;
+        }
+        for (number, of, on) in [(1, 1, Some(1)), (2, 1, Some(2)), (3, 2, Some(1)), (4, 2, Some(2)), (5, 1, None)] {
+            tenant(TenantCommand::CreateVm {
+                tenant: TenantId(of),
+                name: format!("vm{number}-of-{of}"),
+                image: ImageId(of),
+                template: "tiny".into(),
+                network: NetworkId(of),
+                ssh_keys: Vec::new(),
+                user_data: String::new(),
+                recovery: Recovery::Exclusive,
+                priority: 0,
+            })
+            .await;
+            if let Some(node) = on {
+                planner(PlannerCommand::PlaceVm { vm: VmId(number), node: NodeId(node) }).await;
+            }
+        }
+        cloud
+    }
+
+    #[tokio::test]
+    async fn machines_are_listed_by_host_and_tenant_page_by_page() {
+        let cloud = cloud().await;
+        let root = Caller { name: "root".into(), role: Role::Operator };
+        let bob = Caller { name: "bob".into(), role: Role::Member(TenantId(2)) };
+        let listed = async |caller: &Caller, tenant: &str, node: &str, after: &str, limit| {
+            let (tenant, node, after) = (tenant.into(), node.into(), after.into());
+            let asked = proto::ListVmsRequest { tenant, node, after, ..Default::default() };
+            let page = page_of_vms(&cloud.core, caller, &asked, limit).await.unwrap();
+            (page.vms.into_iter().map(|vm| vm.id).collect::<Vec<_>>(), page.next)
+        };
+        assert_eq!(listed(&root, "", "host1", "", 9).await, (vec!["vm-1".into(), "vm-3".into()], String::new()));
+        assert_eq!(listed(&root, "", "host1", "", 1).await, (vec!["vm-1".into()], "vm-1".into()));
+        assert_eq!(listed(&root, "", "host1", "vm-1", 1).await, (vec!["vm-3".into()], String::new()));
+        assert_eq!(listed(&root, "acme", "host2", "", 9).await.0, ["vm-2"]);
+        assert_eq!(listed(&bob, "", "host1", "", 9).await.0, ["vm-3"], "nobody else's");
+        assert_eq!(listed(&bob, "", "", "", 9).await.0, ["vm-3", "vm-4"]);
+        assert_eq!(listed(&root, "", "", "vm-2", 9).await.0, ["vm-3", "vm-4", "vm-5"]);
+    }
 }
