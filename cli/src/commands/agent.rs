@@ -1,7 +1,7 @@
 //! `trefoil agent`: makes this machine a host of a cloud, and runs its agent.
 //!
-//! What `join` is told about the host is kept in `DATA/agent.toml`, so that `run` needs the directory alone; a flag of
-//! `run` wins over the file.
+//! What `join` is told about the host is kept in `DATA/agent.toml`, so that `run` and `guard` need the directory alone; a
+//! flag of theirs wins over the file.
 
 use std::{
     fs,
@@ -47,7 +47,7 @@ pub enum AgentCommand {
         /// The agent's directory
         #[arg(long, value_name = "DIRECTORY")]
         data: PathBuf,
-        /// Watchdog device to feed while all is well; without its food it resets the machine
+        /// Watchdog device to feed while all is well; without its food it resets the machine [default: that of 'join']
         #[arg(long, value_name = "DEVICE")]
         watchdog: Option<PathBuf>,
     },
@@ -152,6 +152,7 @@ pub async fn run(command: AgentCommand, format: Format) -> Result<()> {
     match command {
         AgentCommand::Join { host, name, token } => join(host, name, &token, format).await,
         AgentCommand::Guard { data, watchdog } => {
+            let watchdog = watchdog_of(&data, watchdog)?;
             // It keeps threads of its own and returns when its directory is gone.
             Ok(tokio::task::block_in_place(|| guard::run(&GuardConfig { data, watchdog }))?)
         }
@@ -252,6 +253,14 @@ impl HostSettings {
     }
 }
 
+/// The device that the guard was given, else the one of `join`: whoever starts it may know the directory alone.
+fn watchdog_of(data: &Path, given: Option<PathBuf>) -> Result<Option<PathBuf>> {
+    match given {
+        Some(device) => Ok(Some(device)),
+        None => Ok(load(data)?.watchdog),
+    }
+}
+
 fn load(data: &Path) -> Result<HostSettings> {
     let path = data.join(FILE);
     let text = fs::read_to_string(&path)
@@ -281,6 +290,18 @@ mod tests {
         let flags = HostSettings { vcpus: Some(8), ..HostSettings::default() };
         assert_eq!(flags.over(told.clone()), HostSettings { vcpus: Some(8), ..told });
         assert!(load(&dir.path().join("x")).unwrap_err().to_string().contains("join first"));
+    }
+
+    #[test]
+    fn a_guard_that_is_told_no_watchdog_has_the_one_of_the_join() {
+        let dir = tempfile::tempdir().unwrap();
+        let device = |name: &str| Some(PathBuf::from(name));
+        assert!(watchdog_of(dir.path(), None).unwrap_err().to_string().contains("join first"));
+        save(dir.path(), &settings()).unwrap();
+        assert_eq!(watchdog_of(dir.path(), None).unwrap(), None);
+        save(dir.path(), &HostSettings { watchdog: device("/dev/watchdog"), ..settings() }).unwrap();
+        assert_eq!(watchdog_of(dir.path(), None).unwrap(), device("/dev/watchdog"));
+        assert_eq!(watchdog_of(dir.path(), device("/dev/watchdog1")).unwrap(), device("/dev/watchdog1"));
     }
 
     #[test]
