@@ -110,7 +110,7 @@ pub enum Command {
     /// What is lost, what waits, and the brake
     #[command(subcommand)]
     Recovery(recovery::RecoveryCommand),
-    /// Tells what changes, a line a change, until it is ended
+    /// Prints one line per change until interrupted
     #[command(after_help = watch::EXAMPLE)]
     Watch(watch::WatchArgs),
     /// The controllers as one

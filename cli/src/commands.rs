@@ -62,7 +62,7 @@ pub async fn run(cli: Cli, format: Format) -> Result<(), ApiError> {
         #[cfg(all(feature = "controller", feature = "agent"))]
         Command::Down(args) => crate::lab::down(args).await.map_err(local),
         #[cfg(all(feature = "controller", feature = "agent"))]
-        Command::Lab(command) => crate::lab::lab(command).await.map_err(local),
+        Command::Lab(command) => crate::lab::lab(command, format).await.map_err(local),
         #[cfg(all(feature = "controller", feature = "agent"))]
         Command::Drill(command) => crate::drill::drill(command, &global, format).await.map_err(local),
         Command::Completion(args) => completion::run(&args),

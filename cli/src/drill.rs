@@ -126,9 +126,9 @@ const MOST_MACHINES: i64 = 200;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Recovery {
-    /// Stopped at the end of the lease, made again elsewhere: never two
+    /// Stopped at the end of the lease, re-created elsewhere: never two
     Exclusive,
-    /// Goes on while its host is cut off, made again elsewhere
+    /// Goes on while its host is cut off, re-created elsewhere: two for a time
     Available,
 }
 

@@ -92,6 +92,17 @@ fn what_cannot_be_meant_is_refused() {
     }
 }
 
+/// It stays what it was: 0 would take a machine's place in the queue away from it.
+#[test]
+fn a_priority_that_is_left_out_is_not_set_to_the_lowest() {
+    let priority = |line: &str| match parse(line).unwrap().command {
+        arguments::Command::Vm(commands::vm::VmCommand::Recovery { priority, .. }) => priority,
+        other => panic!("{other:?} is no recovery"),
+    };
+    assert_eq!(priority("trefoil vm recovery web none"), None);
+    assert_eq!(priority("trefoil vm recovery web none --priority 0"), Some(0));
+}
+
 #[cfg(feature = "controller")]
 #[test]
 fn a_join_token_is_not_a_users_token() {

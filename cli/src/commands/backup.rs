@@ -57,7 +57,7 @@ pub enum BackupCommand {
         #[command(flatten)]
         wait: WaitArgs,
     },
-    /// Boots a backup apart from everything, to see whether it does, and removes what it made
+    /// Test-boots a backup in isolation, reports whether it came up, and removes the copy
     ///
     /// The guest is in no network and costs nothing. It has come up when its guest agent answers, or its console asks for
     /// a login, or says what --expect names. A guest of which nothing of the kind is seen in time is 'unknown'.

@@ -179,7 +179,7 @@ fn describe(status: &QuorumStatusReply) -> String {
     let head = details(
         &[
             ("cloud", status.cluster.clone()),
-            ("level", format!("{}, epoch {}", status.level, status.epoch)),
+            ("level", format!("{}, cluster epoch {}", status.level, status.epoch)),
             ("leader", format!("{leader}, term {}", status.term)),
             ("answered by", format!("controller-{}", status.answered_by)),
             (
@@ -248,6 +248,6 @@ mod tests {
         let status = QuorumStatusReply { leader: 1, term: 4, controllers: vec![one], ..QuorumStatusReply::default() };
         let text = describe(&status);
         assert!(text.contains("states       DIFFER") && text.contains("leader       controller-1, term 4"), "{text}");
-        assert!(text.contains("abababababab@0"), "{text}");
+        assert!(text.contains("abababababab@0") && text.contains("level        0, cluster epoch 0"), "{text}");
     }
 }

@@ -15,7 +15,7 @@ use crate::{
 
 #[derive(Debug, Subcommand)]
 pub enum RecoveryCommand {
-    /// Shows lost nodes and whether their machines are made again elsewhere
+    /// Shows lost nodes and whether their machines are re-created elsewhere
     #[command(after_help = "Example:\n  trefoil recovery status")]
     Status,
     /// Lists the machines that wait for a node or for another try
@@ -24,10 +24,11 @@ pub enum RecoveryCommand {
     /// Leaves the machines of lost nodes where they are
     #[command(after_help = "Example:\n  trefoil recovery disarm")]
     Disarm,
-    /// After a refounding: waits for no node any more, and sets aside on nodes what the quorum does not know
+    /// Ends a refounding: stops waiting for nodes that have not reported, and quarantines guests that the quorum does not
+    /// know
     #[command(after_help = "Example:\n  trefoil recovery settle")]
     Settle,
-    /// Makes the machines of lost nodes again elsewhere; also lets go a brake that froze
+    /// Allows machines of lost nodes to be re-created elsewhere; also releases a frozen brake
     #[command(after_help = "Example:\n  trefoil recovery arm")]
     Arm,
 }
@@ -51,7 +52,7 @@ pub async fn run(command: RecoveryCommand, context: &Context) -> Result<(), ApiE
 fn describe(status: &RecoveryStatus) -> String {
     let brake = match status.brake.as_str() {
         "frozen" => format!(
-            "frozen since {}: {} nodes were lost at once ('trefoil recovery arm' lets it go)",
+            "frozen since {}: {} nodes were lost at once ('trefoil recovery arm' releases it)",
             moment_text(status.frozen_at_millis),
             status.frozen_lost
         ),

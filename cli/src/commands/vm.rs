@@ -26,6 +26,13 @@ use crate::{
     wait::{Goal, WaitArgs, until},
 };
 
+const POLICIES: &str = "\
+What becomes of it when its node is lost:
+- exclusive: never two copies; its host pauses it when the lease ends, then it is re-created elsewhere
+- available: keeps running on a cut-off host, and is re-created elsewhere once that host is lost, so two may run for a time
+- restart-in-place: waits for its host, and is started again
+- none: waits for its host, and stays off when it went down with it";
+
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
     /// Creates and starts a machine
@@ -72,7 +79,7 @@ pub enum VmCommand {
         #[arg(long, value_name = "TIME", value_parser = duration, default_value = "30s")]
         grace: Duration,
     },
-    /// Starts a stopped machine, on its disk
+    /// Starts a stopped machine on its disk, or retries a failed one
     #[command(after_help = "Example:\n  trefoil vm start web")]
     Start(Change),
     /// Boots a machine again
@@ -87,11 +94,11 @@ pub enum VmCommand {
     Recovery {
         #[command(flatten)]
         target: Target,
-        /// exclusive, available, restart-in-place or none
+        #[arg(help = POLICIES)]
         recovery: String,
-        /// 0 to 255; when room is short, a higher one is placed first
-        #[arg(long, default_value_t = 0)]
-        priority: u8,
+        /// 0 to 255; when room is short, a higher one is placed first [default: what it was]
+        #[arg(long)]
+        priority: Option<u8>,
     },
     /// Prints the last of what a machine wrote to its serial console
     #[command(after_help = "Example:\n  trefoil vm console web --bytes 4096")]
@@ -157,9 +164,7 @@ pub struct CreateArgs {
     /// File with cloud-init user data
     #[arg(long, value_name = "FILE")]
     user_data: Option<PathBuf>,
-    /// When its node is lost: exclusive (paused first, then made again elsewhere), available (made again elsewhere at
-    /// once), restart-in-place (waits for the node) or none
-    #[arg(long, default_value = "available")]
+    #[arg(long, default_value = "available", help = POLICIES)]
     recovery: String,
     /// 0 to 255; when room is short, a higher one is placed first
     #[arg(long, default_value_t = 0)]
@@ -181,7 +186,11 @@ pub async fn run(command: VmCommand, context: &Context) -> Result<(), ApiError> 
         VmCommand::Migrate(args) => migrate(args, context).await,
         VmCommand::Recovery { target, recovery, priority } => {
             let (tenant, vm) = (context.tenant.clone(), target.vm);
-            let body = SetVmRecoveryRequest { tenant, vm, recovery, priority: priority.into() };
+            let priority = match priority {
+                Some(priority) => priority.into(),
+                None => get(vm.clone(), false, context).await?.priority,
+            };
+            let body = SetVmRecoveryRequest { tenant, vm, recovery, priority };
             let vm = change!(context, set_vm_recovery, body)?;
             context.print(&vm, || describe(&vm))
         }
@@ -222,8 +231,12 @@ async fn list(node: Option<String>, status: Option<String>, context: &Context) -
     context.print(&reply, || table(&reply.vms).render(None))
 }
 
+async fn get(vm: String, stale: bool, context: &Context) -> Result<Vm, ApiError> {
+    read!(context, get_vm, GetVmRequest { tenant: context.tenant.clone(), vm, stale })
+}
+
 async fn show(vm: String, context: &Context) -> Result<(), ApiError> {
-    let vm = read!(context, get_vm, GetVmRequest { tenant: context.tenant.clone(), vm, stale: context.stale })?;
+    let vm = get(vm, context.stale, context).await?;
     output::label(context.format, vm.read_at.as_ref());
     context.print(&vm, || describe(&vm))
 }
@@ -233,7 +246,7 @@ async fn delete(name: String, force: bool, wait: &WaitArgs, context: &Context) -
     let waits = wait.wanted(context);
     // The id must be known before: afterwards the name may be gone, or another machine's.
     let vm = match waits {
-        true => Some(read!(context, get_vm, GetVmRequest { tenant: tenant.clone(), vm: name.clone(), stale: false })?),
+        true => Some(get(name.clone(), false, context).await?),
         false => None,
     };
     let target = vm.as_ref().map_or_else(|| name.clone(), |vm| vm.id.clone());
@@ -335,8 +348,8 @@ fn describe(vm: &Vm) -> String {
     let recovery = (!vm.recovery.is_empty()).then(|| format!("{}, priority {}", vm.recovery, vm.priority));
     let loss = vm.loss.as_ref().map(|loss| {
         let data = match loss.data_from_millis {
-            0 => "made again from its image, what it wrote is lost".into(),
-            from => format!("made again from the backup of {}, what it wrote since is lost", moment_text(from)),
+            0 => "re-created from its image, what it wrote is lost".into(),
+            from => format!("re-created from the backup of {}, what it wrote since is lost", moment_text(from)),
         };
         format!("{}: {} was lost; {data}", moment_text(loss.at_millis), loss.node)
     });

@@ -4,10 +4,13 @@ use std::{os::unix::process::CommandExt, process::Command, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
+use serde_json::json;
+
+use crate::output::{self, Format};
 
 use super::{
     act,
-    cloud::{Cloud, LabHypervisor, Placement},
+    cloud::{Cloud, Host, LabHypervisor, Placement},
     homes::{HomesArgs, homes},
     init,
     process::ProcessId,
@@ -33,7 +36,7 @@ pub enum LabCommand {
     Cut(Target),
     /// Parts some from the rest: they reach each other, and nobody else
     Part(Side),
-    /// Plugs it in again, with the rest
+    /// Reconnects a controller or host that was cut off or parted
     Heal(Target),
     /// Prints where each machine runs in truth: by the hosts' processes, not by the cloud
     Homes(HomesArgs),
@@ -94,19 +97,19 @@ const POLITE: Duration = Duration::from_secs(30);
 ///
 /// # Errors
 /// With one sentence.
-pub async fn lab(command: LabCommand) -> Result<()> {
+pub async fn lab(command: LabCommand, format: Format) -> Result<()> {
     match command {
-        LabCommand::Status(placement) => status(&Cloud::load(&placement.dir)?),
+        LabCommand::Status(placement) => status(&Cloud::load(&placement.dir)?, format),
         LabCommand::Kill(target) => target.act(async |cloud, name| act::end(cloud, name, Duration::ZERO).await).await,
         LabCommand::Stop(target) => target.act(async |cloud, name| act::end(cloud, name, POLITE).await).await,
         LabCommand::Start(target) => target.act(act::start).await,
-        LabCommand::Wipe(target) => target.act(wipe).await,
+        LabCommand::Wipe(target) => target.act(async |cloud, name| wipe(cloud, name, format).await).await,
         LabCommand::KillLibvirtd(target) => target.act(kill_libvirtd).await,
         LabCommand::Poweroff(target) => target.act(act::power_off).await,
         LabCommand::Cut(target) => target.act(async |cloud, name| act::cut(cloud, name).await).await,
         LabCommand::Part(side) => act::part(&Cloud::load(&side.placement.dir)?, &side.names).await,
         LabCommand::Heal(target) => target.act(async |cloud, name| act::plug(cloud, name).await).await,
-        LabCommand::Homes(args) => homes(&args),
+        LabCommand::Homes(args) => homes(&args, format),
         LabCommand::Exec(exec) => {
             let mut cloud = Cloud::load(&exec.placement.dir)?;
             become_command(&mut cloud, &exec.name, &[], &exec.command)
@@ -127,35 +130,63 @@ impl Target {
     }
 }
 
-async fn wipe(cloud: &mut Cloud, name: &str) -> Result<()> {
+async fn wipe(cloud: &mut Cloud, name: &str, format: Format) -> Result<()> {
     let id = act::wipe(cloud, name).await?;
-    println!("{name} lost its data and is controller-{id} now");
-    Ok(())
+    let text = || format!("{name} lost its data and is controller-{id} now");
+    Ok(output::print(format, &json!({ "name": name, "id": id }), text)?)
 }
 
 async fn kill_libvirtd(cloud: &mut Cloud, name: &str) -> Result<()> {
     act::booted(act::host_of(cloud, name)?)?.libvirtd.end(Duration::ZERO).await
 }
 
-fn status(cloud: &Cloud) -> Result<()> {
-    let state = |process: Option<ProcessId>| match process {
-        Some(process) if process.is_alive() => format!("runs, pid {}", process.pid),
-        Some(_) => "has ended".into(),
-        None => "stopped".into(),
+fn status(cloud: &Cloud, format: Format) -> Result<()> {
+    let controllers = cloud.controllers.iter().map(|controller| {
+        let (state, pid) = state(controller.process);
+        json!({
+            "name": controller.name, "address": controller.address, "id": controller.id, "state": state, "pid": pid
+        })
+    });
+    let hosts = cloud.hosts.iter().map(|host| {
+        let (state, pid) = state(host.agent);
+        json!({ "name": host.name, "address": host.address, "power": power(cloud, host), "agent": state, "pid": pid })
+    });
+    let told = json!({ "controllers": controllers.collect::<Vec<_>>(), "hosts": hosts.collect::<Vec<_>>() });
+    Ok(output::print(format, &told, || describe(cloud))?)
+}
+
+/// What has become of a process, and its id while it runs.
+fn state(process: Option<ProcessId>) -> (&'static str, Option<i32>) {
+    match process {
+        Some(process) if process.is_alive() => ("running", Some(process.pid)),
+        Some(_) => ("ended", None),
+        None => ("stopped", None),
+    }
+}
+
+/// `None` of a simulated host, which has no power of its own.
+fn power(cloud: &Cloud, host: &Host) -> Option<&'static str> {
+    match (cloud.hypervisor, host.boot) {
+        (LabHypervisor::Simulated, _) => None,
+        (_, Some(boot)) if boot.init.is_alive() => Some("on"),
+        _ => Some("off"),
+    }
+}
+
+fn describe(cloud: &Cloud) -> String {
+    let words = |process| match state(process) {
+        (state, Some(pid)) => format!("{state}, pid {pid}"),
+        (state, None) => state.into(),
     };
-    for controller in &cloud.controllers {
+    let controllers = cloud.controllers.iter().map(|controller| {
         let (name, address, id) = (&controller.name, &controller.address, controller.id);
-        println!("{name:4} {address:22} controller-{id:<4} {}", state(controller.process));
-    }
-    for host in &cloud.hosts {
-        let power = match (cloud.hypervisor, host.boot) {
-            (LabHypervisor::Simulated, _) => "",
-            (_, Some(boot)) if boot.init.is_alive() => "on, ",
-            _ => "off, ",
-        };
-        println!("{:4} {:22} {:15} {power}agent {}", host.name, host.address, "", state(host.agent));
-    }
-    Ok(())
+        format!("{name:4} {address:22} controller-{id:<4} {}", words(controller.process))
+    });
+    let hosts = cloud.hosts.iter().map(|host| {
+        let power = power(cloud, host).map(|power| format!("{power}, ")).unwrap_or_default();
+        format!("{:4} {:22} {:15} {power}agent {}", host.name, host.address, "", words(host.agent))
+    });
+    controllers.chain(hosts).collect::<Vec<_>>().join("\n")
 }
 
 fn become_command(cloud: &mut Cloud, name: &str, way: &[String], command: &[String]) -> Result<()> {

@@ -18,6 +18,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::cloud::{Cloud, LabHypervisor, Placement};
+use crate::output::{self, Format};
 
 /// A process takes its final command line at once after it was made; one that is older is what it looks like.
 const SETTLED: Duration = Duration::from_secs(2);
@@ -47,13 +48,11 @@ pub struct HomesArgs {
 
 /// # Errors
 /// When there is no such cloud.
-pub fn homes(args: &HomesArgs) -> Result<()> {
+pub fn homes(args: &HomesArgs, format: Format) -> Result<()> {
     let mut eyes = Eyes::of(&Cloud::load(&args.placement.dir)?);
     if !args.watch {
-        for ((vm, host), run) in eyes.look() {
-            println!("{vm:8} {host:8} {}", if run == Run::Running { "running" } else { "paused" });
-        }
-        return Ok(());
+        let now = eyes.look();
+        return Ok(output::print(format, &told(&now), || describe(&now))?);
     }
     let (began, mut before) = (Instant::now(), Homes::new());
     loop {
@@ -66,6 +65,18 @@ pub fn homes(args: &HomesArgs) -> Result<()> {
         before = now;
         std::thread::sleep(LOOK_EVERY.saturating_sub(looked.elapsed()));
     }
+}
+
+fn told(homes: &Homes) -> serde_json::Value {
+    let row = |((vm, host), run): (&(String, String), &Run)| json!({ "vm": vm, "host": host, "run": run });
+    json!({ "machines": homes.iter().map(row).collect::<Vec<_>>() })
+}
+
+fn describe(homes: &Homes) -> String {
+    let run = |run: &Run| if *run == Run::Running { "running" } else { "paused" };
+    let lines: Vec<String> =
+        homes.iter().map(|((vm, host), state)| format!("{vm:8} {host:8} {}", run(state))).collect();
+    lines.join("\n")
 }
 
 /// What is otherwise now than before: first what ended, so that nobody who follows it sees a machine twice that moved
@@ -198,6 +209,13 @@ mod tests {
         let other = line.replace("/tmp/c/", "/tmp/other/");
         assert_eq!(qemu.home(other.as_bytes()), None, "another cloud's");
         assert_eq!(qemu.home(b"vi\0/tmp/c/h1/data/vms/vm-17/disk"), None);
+    }
+
+    #[test]
+    fn homes_are_told_to_programs_too() {
+        let homes = Homes::from([(("vm-1".to_owned(), "h1".to_owned()), Run::Paused)]);
+        assert_eq!(told(&homes), json!({ "machines": [{ "vm": "vm-1", "host": "h1", "run": "paused" }] }));
+        assert_eq!(describe(&homes), "vm-1     h1       paused");
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub fn verify(file: &Path, format: Format) -> Result<(), ApiError> {
                 ("backup", "whole and sound".to_owned()),
                 ("cloud", header.cluster.clone()),
                 ("made", moment_text(header.made_at.0)),
-                ("index", format!("{}, term {}, epoch {}", header.index, header.term, header.epoch)),
+                ("index", format!("{}, term {}, cluster epoch {}", header.index, header.term, header.epoch)),
                 ("level", header.level.to_string()),
                 ("state", hash(&backup)),
                 ("size", format!("{}, {} rows", size_text(backup.bytes), header.rows)),

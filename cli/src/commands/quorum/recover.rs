@@ -40,7 +40,7 @@ fn describe(survivor: &Survivor) -> String {
             ("others", list(&survivor.others)),
             ("log", format!("last {}, term {}, known as agreed {}", survivor.last, survivor.term, survivor.applied)),
             ("last change", moment_text(survivor.at_millis)),
-            ("epoch", survivor.epoch.to_string()),
+            ("cluster epoch", survivor.epoch.to_string()),
         ],
         None,
     )
