@@ -1,5 +1,5 @@
 //! The picture in ARCHITECTURE.md, held by a test: who may import whom, what `model` may not touch, what no file of
-//! this repository may carry.
+//! this repository may carry; and that the manual knows every setting.
 
 use std::{
     collections::BTreeMap,
@@ -165,6 +165,21 @@ fn every_break_finds_its_place_and_its_test() {
         wrong.extend(bug["place"].as_array().expect("places").iter().filter_map(|place| broken(place, true)));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// What operators are told of the settings must be what the quorum has.
+#[test]
+fn the_manual_has_every_setting_with_its_default_and_range() {
+    let manual = std::fs::read_to_string(root().join("docs/operating.md")).expect("a manual");
+    let chapter =
+        manual.split("\n## ").find(|chapter| chapter.starts_with("Settings\n")).expect("a chapter on settings");
+    let cells = |line: &str| line.split('|').map(|cell| cell.trim().to_owned()).skip(1).take(3).collect::<Vec<_>>();
+    let documented: Vec<_> = chapter.lines().filter(|line| line.starts_with("| `")).map(cells).collect();
+    let real: Vec<_> = model::setting::SETTINGS
+        .iter()
+        .map(|s| vec![format!("`{}`", s.name), s.default.to_string(), format!("{}–{}", s.min, s.max)])
+        .collect();
+    assert_eq!(documented, real);
 }
 
 /// Fails with every source file of which it is true.
