@@ -160,9 +160,11 @@ async fn grow(cluster: &mut Cluster, root: &Path, settings: &Settings) -> anyhow
     }
     let resident_mib = cluster.resident_bytes() as f64 / 1_048_576.0;
     let failover = fail_over(cluster, &fleet).await?;
-    eprintln!("  leader killed: {failover:?}");
+    let (write, session) = (failover.write_millis, failover.sessions_seconds);
+    eprintln!("  leader killed: next write after {write:.0} ms, last host in session after {session:.1} s");
     let joining = failover::join_anew(cluster).await?;
-    eprintln!("  a member with an empty disk: {joining:?}");
+    let (seconds, gap) = (joining.seconds, joining.gap_millis);
+    eprintln!("  a member with an empty disk joins in {seconds:.1} s; longest time without a write {gap:.0} ms");
     Ok(Growth {
         machines,
         hosts,
