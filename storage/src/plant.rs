@@ -2,7 +2,8 @@
 //! the whole of a new one.
 //!
 //! A planted directory holds the state at a position of its own and a log that was purged up to there, as if everything
-//! before had been snapshot and forgotten. Whoever opens it is the only voter. Nothing is changed in the remains.
+//! before had been snapshot and forgotten. Whoever opens it is the only voter. What the remains hold stays as it is; their
+//! log is opened as a controller opens it, which writes files of the database, so it must be done as the controller's user.
 
 use std::{path::Path, sync::mpsc};
 

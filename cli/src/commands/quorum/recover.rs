@@ -16,7 +16,7 @@ pub async fn recover(data: PathBuf, fenced: Option<Vec<u64>>, format: Format) ->
         let survivor = controller::survivor(&data)?;
         output::print(format, &told(&survivor), || describe(&survivor))?;
         bail!(
-            "nothing was changed; when none of the others runs or can ever run again, add --i-have-fenced {}",
+            "nothing was recovered yet; when none of the others runs or can ever run again, add --i-have-fenced {}",
             list(&survivor.others)
         );
     };
