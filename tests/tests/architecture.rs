@@ -182,6 +182,20 @@ fn the_manual_has_every_setting_with_its_default_and_range() {
     assert_eq!(documented, real);
 }
 
+/// A monitor waits for these texts; nobody would notice one that is written no more.
+#[test]
+fn the_manual_names_log_lines_that_are_written() {
+    let manual = std::fs::read_to_string(root().join("docs/operating.md")).expect("a manual");
+    let chapter = manual.split("\n## ").find(|chapter| chapter.starts_with("Logs\n")).expect("a chapter on logs");
+    let servers = ["| controller | `", "| agent | `", "| guard | `"];
+    let said =
+        |line: &str| servers.iter().find_map(|server| line.strip_prefix(server)?.split('`').next().map(str::to_owned));
+    let lines: Vec<String> = chapter.lines().filter_map(said).collect();
+    let sources = all_sources();
+    let unknown: Vec<_> = lines.iter().filter(|line| !sources.iter().any(|(_, text)| text.contains(*line))).collect();
+    assert!(!lines.is_empty() && unknown.is_empty(), "no source says {unknown:?}");
+}
+
 /// Fails with every source file of which it is true.
 fn none_of(what: &str, wrong: impl Fn(&Path, &str) -> bool) {
     let all = all_sources();
