@@ -1,11 +1,12 @@
 //! Images: the record here, the bytes between people and nodes.
 
-use std::ops::Bound;
+use std::{ops::Bound, time::Duration};
 
 use api::{error::ApiError, proto, proto::import_image_request::Part};
 use model::{Command, Digest, Image, ImageFormat, ImageId, NodeId, Rejection, Reply, Role, State, TenantCommand};
 use prost::Message;
-use tonic::{Request, Streaming};
+use tokio::time::timeout;
+use tonic::{Request, Status, Streaming};
 
 use super::{Flow, Service, page};
 use crate::{
@@ -16,6 +17,9 @@ use crate::{
     view,
 };
 
+/// Who opens an upload says within this what it is of.
+const HEADER: Duration = Duration::from_secs(10);
+
 impl Service {
     /// Bytes first, record after: an image that is listed is whole, verified and on all its nodes.
     pub(super) async fn image_import(
@@ -24,10 +28,7 @@ impl Service {
     ) -> Result<proto::Image, ApiError> {
         let caller = access::caller(&request)?;
         let (metadata, _, mut parts) = request.into_parts();
-        let header = match parts.message().await?.and_then(|message| message.part) {
-            Some(Part::Header(header)) => header,
-            _ => return Err(ApiError::invalid("the first message is not a header, but must be")),
-        };
+        let header = header_in(HEADER, parts.message()).await?;
         let id = access::request_named("ImportImage", &caller, &metadata, &header.encode_to_vec())?;
         let digest: Digest = header.digest.parse().map_err(|()| {
             ApiError::invalid("digest is not one, but must be the BLAKE3 digest of the file in 64 hexadecimal digits")
@@ -150,6 +151,18 @@ impl Service {
     }
 }
 
+/// The header of an upload, if it is the first message and comes within `limit`.
+async fn header_in(
+    limit: Duration,
+    first: impl Future<Output = Result<Option<proto::ImportImageRequest>, Status>>,
+) -> Result<proto::ImportImageHeader, ApiError> {
+    let first = timeout(limit, first).await.map_err(|_| ApiError::new("unavailable", "no header came in time"))??;
+    match first.and_then(|message| message.part) {
+        Some(Part::Header(header)) => Ok(header),
+        _ => Err(ApiError::invalid("the first message is not a header, but must be")),
+    }
+}
+
 fn import(
     state: &State,
     caller: &Caller,
@@ -179,4 +192,24 @@ fn format_of(name: &str) -> Result<ImageFormat, ApiError> {
 pub(super) fn delete(state: &State, caller: &Caller, body: &proto::NamedRef) -> Result<Command, ApiError> {
     let image = name::image(state, caller, &body.tenant, &body.name)?.id;
     Ok(Command::Tenant(TenantCommand::DeleteImage { image }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_upload_begins_with_a_header_and_soon() {
+        let header = proto::ImportImageHeader { name: "debian".into(), ..Default::default() };
+        let message = |part| Ok(Some(proto::ImportImageRequest { part: Some(part) }));
+        let told = header_in(HEADER, ready(message(Part::Header(header.clone())))).await;
+        assert_eq!(told.unwrap(), header);
+        for first in [message(Part::Data(vec![1].into())), Ok(None)] {
+            assert_eq!(header_in(HEADER, ready(first)).await.unwrap_err().code, "invalid-argument");
+        }
+        let silent = header_in(Duration::from_millis(20), pending()).await.unwrap_err();
+        assert!(silent.message.contains("in time"), "{silent}");
+    }
 }
