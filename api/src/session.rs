@@ -13,8 +13,12 @@ use model::{
 };
 use serde::{Deserialize, Serialize};
 
-/// The largest frame either side accepts.
+/// The largest frame that a controller accepts: any host of the cloud may send it one.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
+/// The largest frame that an agent accepts, and only the leader sends it any. The first news of a session are the whole
+/// assignment: some two thousand machines, each with keys and user data. A host whose assignment did not fit could not be
+/// told anything any more, not even to give machines away.
+pub const MAX_ASSIGNMENT_FRAME_BYTES: usize = 256 << 20;
 /// Metadata of the call, with any value: the agent puts an assignment together from news.
 pub const NEWS_KEY: &str = "trefoil-news";
 

@@ -23,7 +23,7 @@ use std::{
 use api::{
     client::LEADER_KEY,
     proto::{Frame, node_session_client::NodeSessionClient},
-    session::{FromAgent, MAX_FRAME_BYTES, NEWS_KEY, ToAgent, decode, encode},
+    session::{FromAgent, MAX_ASSIGNMENT_FRAME_BYTES, NEWS_KEY, ToAgent, decode, encode},
     tls::{Identity, client_tls, connect_session},
 };
 use model::{Assignment, Held, Phase};
@@ -175,8 +175,8 @@ impl Session {
             Ok(channel) => channel,
             Err(error) => return End::Unreachable(error.to_string()),
         };
-        let mut client =
-            NodeSessionClient::new(channel).max_decoding_message_size(MAX_FRAME_BYTES + FRAME_OVERHEAD_BYTES);
+        let most_bytes = MAX_ASSIGNMENT_FRAME_BYTES + FRAME_OVERHEAD_BYTES;
+        let mut client = NodeSessionClient::new(channel).max_decoding_message_size(most_bytes);
         let (tell, told) = mpsc::channel(FRAMES_UNDER_WAY);
         if tell.send(frame(hello)).await.is_err() {
             return End::Unreachable("the stream closed at once".into());

@@ -21,7 +21,7 @@ use api::{
         node_session_server::{NodeSession, NodeSessionServer},
         put_image_request::Part,
     },
-    session::{FromAgent, NEWS_KEY, ToAgent, decode, encode},
+    session::{FromAgent, MAX_FRAME_BYTES, NEWS_KEY, ToAgent, decode, encode},
     tls::{CertificateAuthority, client_tls, client_tls_ca, connect},
 };
 use futures::{Stream, StreamExt};
@@ -340,6 +340,19 @@ async fn an_agent_leaves_a_silent_leader_when_another_one_answers_its_heartbeats
     until("it is in session with the second", || second.hellos() == 1).await;
     sleep(2 * crate::session::SURE).await;
     assert_eq!((first.hellos(), second.hellos()), (1, 1), "and stays there");
+    agent.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_assignment_that_is_larger_than_what_agents_may_send_is_obeyed() {
+    let ca = CertificateAuthority::create("c").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut wish = assignment(vec![]);
+    wish.vms[0].power = Power::Stopped;
+    wish.vms[0].user_data = "#".repeat(MAX_FRAME_BYTES + 1);
+    let controller = Controller::start(&ca, 1, wish).await;
+    let agent = start_agent(&ca, dir.path(), &[&controller]);
+    until("it says that it is stopped", || controller.phases() == [Phase::Stopped]).await;
     agent.abort();
 }
 
