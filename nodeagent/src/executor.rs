@@ -19,7 +19,7 @@ use std::{
 };
 
 use model::{
-    Assignment, Digest, NetworkWish, Phase, Power, VmId, VmWish,
+    Assignment, Digest, Phase, Power, VmId, VmWish,
     command::BackupReport,
     steps::{Failure, FoundPower, Memory, Observed, Seen, Step, Subject, Told, accept, steps},
 };
@@ -28,14 +28,17 @@ use tokio::{
     time::sleep,
 };
 
-use crate::{clock, host::Host, journal::Journal, outbox::Outbox};
+use crate::{clock, host::Host, hypervisor::HypervisorError, journal::Journal, outbox::Outbox};
 use act::{Done as Outcome, Fault, FaultKind, act};
 use backups::aged;
+use heard::Heard;
 use moving::Moves;
+use observe::Look;
 use rehearsal::Rehearsals;
 
 mod act;
 mod backups;
+mod heard;
 mod moving;
 mod observe;
 mod rehearsal;
@@ -118,27 +121,25 @@ impl Executor {
     /// When the journal cannot be written: a host that cannot keep what it promised must not act.
     pub async fn run(
         mut self,
-        mut assignments: watch::Receiver<Option<Arc<Assignment>>>,
-        mut incarnation: watch::Receiver<u64>,
+        assignments: watch::Receiver<Option<Arc<Assignment>>>,
+        incarnation: watch::Receiver<u64>,
     ) -> io::Result<()> {
-        // What was heard before this started counts as news.
-        assignments.mark_changed();
+        let mut heard = Heard::new(assignments, incarnation);
         loop {
-            let calm = self.reconcile().await?;
+            let Some(look) = self.look(&mut heard).await? else { return Ok(()) };
+            let calm = self.reconcile(look)?;
+            let pause = match calm {
+                _ if heard.since_look => Duration::ZERO,
+                true => LOOK_PERIOD,
+                false => BUSY_LOOK_PERIOD,
+            };
             tokio::select! {
-                changed = incarnation.changed() => match changed {
-                    Ok(()) => self.forget_told(),
-                    Err(_) => return Ok(()),
-                },
-                changed = assignments.changed() => match changed {
-                    Ok(()) => {
-                        let new = assignments.borrow_and_update().clone();
-                        new.into_iter().try_for_each(|new| self.obey(new))?;
-                    }
-                    Err(_) => return Ok(()),
+                news = heard.next() => match news {
+                    Some(news) => self.hear(news)?,
+                    None => return Ok(()),
                 },
                 Some(done) = self.done.recv() => self.finish(done)?,
-                () = sleep(if calm { LOOK_PERIOD } else { BUSY_LOOK_PERIOD }) => {}
+                () = sleep(pause) => {}
             }
             while let Ok(done) = self.done.try_recv() {
                 self.finish(done)?;
@@ -174,11 +175,9 @@ impl Executor {
             );
         }
         let old = self.assignment.replace(new.clone());
-        // What was seen of a network does not speak of what is wished of it from now on.
-        let same = |wish: &NetworkWish| old.iter().any(|old| old.networks.contains(wish));
-        for wish in new.networks.iter().filter(|wish| !same(wish)) {
-            self.networks.entry(wish.vni).and_modify(|complete| *complete = false);
-        }
+        let mut networks = mem::take(&mut self.networks);
+        self.doubt_networks(old.as_ref().map_or(&[], |old| &old.networks), &mut networks);
+        self.networks = networks;
         let asked = |wish: &VmWish| (wish.epoch, wish.attempt, wish.power, wish.reboots);
         let before: BTreeMap<VmId, _> =
             old.iter().flat_map(|old| &old.vms).map(|wish| (wish.vm, asked(wish))).collect();
@@ -211,11 +210,9 @@ impl Executor {
     }
 
     /// True when the host is at rest.
-    async fn reconcile(&mut self) -> io::Result<bool> {
+    fn reconcile(&mut self, look: Result<Look, HypervisorError>) -> io::Result<bool> {
         let assignment = self.assignment.clone();
-        let wanted = assignment.as_ref().map_or(&[][..], |assignment| &assignment.networks);
-        let at_networks = !self.busy.keys().any(|subject| matches!(subject, Subject::Network(_)));
-        let look = match observe::look(&self.host, at_networks.then_some(wanted)).await {
+        let look = match look {
             Ok(look) => look,
             Err(error) => {
                 if !mem::replace(&mut self.blind, true) {

@@ -397,6 +397,29 @@ async fn while_the_hypervisor_is_down_nothing_is_said_about_guests() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_look_that_hangs_keeps_no_permit_from_being_settled() {
+    let world = World::new();
+    let exclusive = |incarnation: u64| {
+        let wish = VmWish { recovery: model::Recovery::Exclusive, ..vm(7, Power::Stopped) };
+        Arc::new(Assignment { incarnation, ..(*assignment(incarnation, vec![wish])).clone() })
+    };
+    world.hypervisor.set(Mood::LookHangs);
+    world.assignment.send_replace(Some(exclusive(1)));
+    let looks = || world.hypervisor.hung_looks.load(Ordering::SeqCst);
+    world.until("the look hangs", |_| looks() == 1).await;
+    // Another leader, in the middle of it.
+    for incarnation in [2, 3] {
+        world.incarnation.send_replace(incarnation);
+        world.assignment.send_replace(Some(exclusive(incarnation)));
+        world.leases.granted(incarnation, u64::MAX);
+        world.until("the permit is the new session's", |world| world.leases.permit().incarnation == incarnation).await;
+    }
+    assert_eq!(looks(), 1, "the look goes on, and no other is begun beside it");
+    world.hypervisor.set(Mood::Good);
+    world.until_reported(7, Phase::Stopped).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_network_that_was_broken_by_hand_is_mended() {
     let world = World::new();
     world.wish(1, vec![vm(7, Power::Running)]);
@@ -421,8 +444,13 @@ async fn a_network_of_which_more_is_wished_is_not_whole_before_it_was_seen_again
     assert_eq!(executor.networks, [(100, true)].into(), "nothing else is wished of it");
     let mut wider = (*assignment(3, vec![vm(7, Power::Running)])).clone();
     wider.networks[0].peers.push(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7)));
+    let narrower = executor.assignment.clone().unwrap();
     executor.obey(Arc::new(wider)).unwrap();
     assert_eq!(executor.networks, [(100, false)].into());
+    // A look that began before does not speak of it either.
+    let mut seen = [(100, true)].into();
+    executor.doubt_networks(&narrower.networks, &mut seen);
+    assert_eq!(seen, [(100, false)].into());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -26,6 +26,8 @@ pub struct Moody {
     pub starts: AtomicU32,
     pub resets: AtomicU32,
     pub rehearsals: AtomicU32,
+    /// Looks that have begun to hang.
+    pub hung_looks: AtomicU32,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -36,14 +38,16 @@ pub enum Mood {
     Panics,
     /// A start of this one has begun and does not end.
     Starting(VmId),
+    /// A look at the guests does not end.
+    LookHangs,
 }
 
 type Hyper<T> = crate::hypervisor::Result<T>;
 
 impl Moody {
     pub fn new(inner: Simulated) -> Self {
-        let [starts, resets, rehearsals] = [const { AtomicU32::new(0) }; 3];
-        Self { inner, mood: Mutex::new(Mood::Good), starts, resets, rehearsals }
+        let [starts, resets, rehearsals, hung_looks] = [const { AtomicU32::new(0) }; 4];
+        Self { inner, mood: Mutex::new(Mood::Good), starts, resets, rehearsals, hung_looks }
     }
 
     pub fn set(&self, mood: Mood) {
@@ -52,6 +56,14 @@ impl Moody {
 
     fn mood(&self) -> Mood {
         *self.mood.lock().unwrap()
+    }
+
+    /// Bounded, because a test that has failed does not end before its threads do.
+    fn hang_while(&self, mood: Mood) {
+        let begun = Instant::now();
+        while self.mood() == mood && begun.elapsed() < Duration::from_secs(30) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn check(&self) -> Hyper<()> {
@@ -74,6 +86,10 @@ impl Hypervisor for Moody {
     }
     fn guests(&self) -> Hyper<Vec<Guest>> {
         self.check()?;
+        if self.mood() == Mood::LookHangs {
+            self.hung_looks.fetch_add(1, Ordering::SeqCst);
+            self.hang_while(Mood::LookHangs);
+        }
         self.inner.guests()
     }
     fn usage(&self) -> Hyper<Vec<(VmId, GuestUsage)>> {
@@ -94,14 +110,10 @@ impl Hypervisor for Moody {
         match self.mood() {
             Mood::NoStart => return Err(HypervisorError::Permanent("no such machine type".into())),
             Mood::Panics => panic!("a mistake in the hypervisor's code"),
-            Mood::Good | Mood::Unreachable | Mood::Starting(_) => {}
+            Mood::Good | Mood::Unreachable | Mood::Starting(_) | Mood::LookHangs => {}
         }
         self.starts.fetch_add(1, Ordering::SeqCst);
-        // Bounded, because a test that has failed does not end before its threads do.
-        let begun = Instant::now();
-        while self.mood() == Mood::Starting(spec.vm) && begun.elapsed() < Duration::from_secs(30) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        self.hang_while(Mood::Starting(spec.vm));
         self.inner.start(spec)
     }
     fn suspend(&self, vm: VmId) -> Hyper<()> {
