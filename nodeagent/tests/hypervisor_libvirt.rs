@@ -4,7 +4,13 @@
 //! qcow2 image whose guest obeys ACPI, that is tested too; otherwise the disk is blank and its machine only runs a BIOS.
 #![cfg(feature = "libvirt")]
 
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{
+    path::PathBuf,
+    process::Command,
+    sync::{Arc, mpsc::channel},
+    thread,
+    time::Duration,
+};
 
 use model::{Capacity, Consistency, HypervisorKind, ImageFormat, VmId};
 use nodeagent::hypervisor::{
@@ -150,9 +156,20 @@ fn a_backup_whose_agent_and_libvirtd_died_is_in_nobodys_way() {
     host.kill_libvirtd();
     host.start_libvirtd();
     println!("after libvirtd's restart: {}", virsh(&["domjobinfo", &name]).trim());
-    let next = host.open();
-    assert_eq!(powers(&next), [GuestPower::Running]);
-    assert!(!part.exists(), "the next agent's first look clears it away");
+    let next = Arc::new(host.open());
+    // The guard has stopped the guest meanwhile, so its QEMU answers nothing.
+    let found = qemu_process::find_all(CLUSTER, &host.agent_dir()).unwrap();
+    found[0].pause().unwrap();
+    wait("every thread of it stands still", || found[0].is_paused().unwrap());
+    let (tell, told) = channel();
+    let looking = next.clone();
+    thread::spawn(move || tell.send(powers(&*looking)));
+    let seen = told.recv_timeout(Duration::from_secs(10));
+    found[0].resume().unwrap();
+    assert_eq!(seen, Ok(vec![GuestPower::Running]), "the next agent's first look does not wait for it");
+    assert!(part.exists());
+    assert_eq!(powers(&*next), [GuestPower::Running]);
+    assert!(!part.exists(), "the next agent's look clears it away");
     assert!(virsh(&["domjobinfo", &name]).contains("None"), "and its job");
     next.back_up(VmId(1), None, &Job::new(PATIENCE)).unwrap();
 }

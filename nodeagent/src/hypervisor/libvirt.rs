@@ -9,7 +9,6 @@ use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, OnceLock, atomic::AtomicBool},
-    time::Duration,
 };
 
 use model::{Capacity, Digest, HypervisorKind, VmId, telemetry::NodeStatus};
@@ -21,7 +20,7 @@ use super::{
     guest_dir::{GuestDirs, write_whole},
     job::Job,
     migration::{Destination, Route},
-    qcow2, qemu_process,
+    qcow2,
     rehearsal::{Rehearsal, Rehearsed},
     seed::seed_image,
 };
@@ -38,14 +37,12 @@ mod migration;
 mod power;
 mod probe;
 mod rehearsal;
+mod stopped;
 mod usage;
 
 use connection::{Connection, is_missing};
 use handle::Handle;
 use power::{Record, Remembered, Seen};
-
-/// A killed process is gone when the kernel has freed its memory: a third of a second for 2 GB.
-const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug)]
 pub struct LibvirtConfig {
@@ -197,9 +194,14 @@ impl Libvirt {
     /// What a killed agent left between making a disk and its first start, or between moving a folder and forgetting it.
     fn sweep(&self, guests: &[Guest]) {
         rehearsal::clear_once(self);
-        for vm in std::mem::take(&mut *lock(&self.found_at_start)) {
+        let found = std::mem::take(&mut *lock(&self.found_at_start));
+        let stopped = if found.is_empty() { BTreeSet::new() } else { self.stopped() };
+        for vm in found {
             if guests.iter().any(|guest| guest.vm == vm) {
-                if let Err(e) = backup::clear(self, vm) {
+                // Its QEMU would keep this look waiting until it goes on: it is left to a later one.
+                if stopped.contains(&vm) {
+                    lock(&self.found_at_start).push(vm);
+                } else if let Err(e) = backup::clear(self, vm) {
                     tracing::warn!(%vm, error = %e, "cannot clear away what was under way when the last agent ended");
                 }
                 continue;
@@ -225,21 +227,6 @@ impl Libvirt {
         }
         folder(&self.dirs)?;
         domain.map_or(Ok(()), |domain| domain.undefine())
-    }
-
-    /// A process that the guard has stopped does not hear that it should end: libvirt would wait for it, and for every
-    /// call that waits for an answer of it already.
-    fn end_if_stopped(&self, vm: VmId) {
-        let found = qemu_process::find_all(&self.cluster, self.dirs.root()).unwrap_or_else(|error| {
-            tracing::warn!(%error, "guests' processes cannot be looked for");
-            Vec::new()
-        });
-        for process in found.iter().filter(|process| process.vm == vm && process.is_paused().unwrap_or(false)) {
-            match process.kill() {
-                Ok(()) => drop(process.ended_within(KILL_PATIENCE)),
-                Err(error) => tracing::warn!(%vm, %error, "a stopped guest cannot be ended"),
-            }
-        }
     }
 
     fn define(&self, spec: &GuestSpec) -> Result<Handle<'_>> {

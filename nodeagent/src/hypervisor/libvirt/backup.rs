@@ -7,7 +7,7 @@
 //! An increment names its parent by digest alone: in every host's store that is the file beside it.
 //!
 //! What an agent leaves that is killed meanwhile, a job, a file, a frozen guest, is cleared by the next agent's first
-//! look, and by the next backup. Deliberately not here: how it is known what was written (`increment`).
+//! look that finds the guest's process not stopped, and by the next backup. Deliberately not here: how it is known what was written (`increment`).
 
 use std::{
     ffi::OsStr,
