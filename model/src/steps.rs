@@ -402,6 +402,9 @@ fn stop(wish: &VmWish, power: FoundPower, memory: Memory, now_millis: u64) -> Ne
 }
 
 fn start(wish: &VmWish, found: &Observed, memory: Memory, after_crash: bool) -> Next {
+    if moving::may_have_left(wish, memory) {
+        return Next::Wait;
+    }
     if !found.holds(&wish.image) {
         return Next::Wait;
     }

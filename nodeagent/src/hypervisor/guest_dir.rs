@@ -5,12 +5,12 @@
 //! DIR/rehearsals/img-4/   as long as a backup is rehearsed
 //! DIR/quarantine/vm-17-4242-1767225600/      the same, moved here with placement and time
 //! ```
-//! Records are replaced whole, by rename. Deliberately not here: what a record means; each hypervisor has its own.
+//! Records are replaced whole and synced. Deliberately not here: what a record means; each hypervisor has its own.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    fs::{self, DirBuilder, File},
+    io::{self, Read, Seek, SeekFrom},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -19,6 +19,7 @@ use model::VmId;
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{HypervisorError, Result, domain_xml::DomainPaths};
+use crate::durable;
 
 /// A guest can write to its console for ever. Beyond this the older part is dropped.
 const MAX_CONSOLE_BYTES: u64 = 4 << 20;
@@ -160,15 +161,18 @@ impl GuestDirs {
     }
 }
 
-/// Write a file under another name, then give it its own: readers see the old one or the new one.
+/// Readers see the old file or the new one, also after a loss of power: the quorum may have been told what it says. For its
+/// owner only, because seeds and consoles hold secrets.
 pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let part = path.with_extension("part");
-    // Seeds and consoles hold secrets of the owner.
-    let write = || -> io::Result<()> {
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part)?.write_all(bytes)?;
-        fs::rename(&part, path)
-    };
-    write().map_err(|e| failed("write", path, e))
+    durable::replace(path, bytes).map_err(|e| failed("write", path, e))
+}
+
+/// Gives a file that is complete its name, and returns when both are on the disk.
+pub(super) fn put_in_place(part: &Path, path: &Path) -> Result<()> {
+    File::open(part).and_then(|file| file.sync_all()).map_err(|e| failed("sync", part, e))?;
+    fs::rename(part, path).map_err(|e| failed("move", part, e))?;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| failed("sync", dir, e))
 }
 
 pub(super) fn failed(what: &str, path: &Path, error: io::Error) -> HypervisorError {

@@ -117,6 +117,19 @@ fn what_left_in_an_earlier_move_is_brought_back_before_it_goes_again() {
     check(&going(), &told(with(ready(), 7, FoundPower::Moved)), &["keep vm-1 here"]);
 }
 
+/// The host lost its power after the guest had left, and has forgotten why it is off.
+#[test]
+fn what_may_have_left_is_not_started_before_the_move_is_given_up() {
+    let gone = Memory { epoch: 7, ran: true, existed: true, disk_made: true, leaving: Some(9), ..Memory::default() };
+    let failed = "report vm-1 has not moved for epoch 9: its agent began anew while it moved";
+    for power in [FoundPower::Crashed, FoundPower::OffByAgent] {
+        let off = told(remembering(with(ready(), 7, power), gone));
+        check(&going(), &off, &[failed]);
+        check(&wish(vec![vm(1, 7, Power::Running)]), &off, &["keep vm-1 here"]);
+    }
+    check(&going(), &told(remembering(ready(), gone)), &[]);
+}
+
 #[test]
 fn what_is_given_up_goes_on_or_boots_where_it_was() {
     let stays = wish(vec![vm(1, 7, Power::Running)]);

@@ -3,15 +3,12 @@
 //!
 //! Deliberately not here: how the bytes travel (`relay::disk`).
 
-use std::{
-    fs::{self, File},
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use model::VmId;
 
 use super::{
-    super::{GuestPower, GuestSpec, HypervisorError, OffReason, Result, guest_dir::failed},
+    super::{GuestPower, GuestSpec, HypervisorError, OffReason, Result, guest_dir::put_in_place},
     Libvirt, Record, Remembered, disk, lock, not_handed_over, other_placement,
 };
 
@@ -36,10 +33,7 @@ pub fn take_in(h: &Libvirt, spec: &GuestSpec, disk: &Path) -> Result<()> {
         None => return Err(HypervisorError::Transient(format!("{vm} is not expected here"))),
     }
     disk::stand_on_base(spec, disk)?;
-    let place = h.dirs.paths(vm).disk;
-    fs::rename(disk, &place).map_err(|e| failed("move", disk, e))?;
-    let synced = File::open(&place).and_then(|file| file.sync_all());
-    synced.and_then(|()| File::open(h.dirs.dir(vm))?.sync_all()).map_err(|e| failed("sync", &place, e))?;
+    put_in_place(disk, &h.dirs.paths(vm).disk)?;
     h.define(spec)?;
     h.amend(vm, |record| record.remembered = Remembered::Arrived)
 }

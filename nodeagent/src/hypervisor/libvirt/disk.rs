@@ -13,7 +13,11 @@ use std::{
 
 use model::ImageFormat;
 
-use super::super::{GuestSpec, HypervisorError, Result, guest_dir::failed, qcow2};
+use super::super::{
+    GuestSpec, HypervisorError, Result,
+    guest_dir::{failed, put_in_place},
+    qcow2,
+};
 
 /// Make the overlay, whole or not at all.
 pub fn make_overlay(spec: &GuestSpec, disk: &Path) -> Result<()> {
@@ -27,7 +31,7 @@ pub fn make_overlay(spec: &GuestSpec, disk: &Path) -> Result<()> {
     let (part, size) = (disk.with_extension("part"), spec.size.disk_bytes.to_string());
     let create = ["create", "-q", "-f", "qcow2", "-F", format, "-b"];
     qemu_img(&create, &[base.as_os_str(), part.as_os_str(), OsStr::new(&size)])?;
-    fs::rename(&part, disk).map_err(|e| failed("move", &part, e))
+    put_in_place(&part, disk)
 }
 
 /// An overlay from another host names the base by its path there. One that stands alone stays so.
