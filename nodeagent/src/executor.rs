@@ -31,6 +31,7 @@ use tokio::{
 use crate::{clock, host::Host, hypervisor::HypervisorError, journal::Journal, outbox::Outbox};
 use act::{Done as Outcome, Fault, FaultKind, act};
 use backups::aged;
+use caps::has_room;
 use heard::Heard;
 use moving::Moves;
 use observe::Look;
@@ -38,6 +39,7 @@ use rehearsal::Rehearsals;
 
 mod act;
 mod backups;
+mod caps;
 mod heard;
 mod moving;
 mod observe;
@@ -47,12 +49,6 @@ mod rehearsal;
 const LOOK_PERIOD: Duration = Duration::from_secs(5);
 /// While something waits for a guest or for the end of a pause.
 const BUSY_LOOK_PERIOD: Duration = Duration::from_secs(1);
-/// Steps at once. A host's disk and libvirtd serve no more than a few at a time anyway.
-const MOST_BUSY: usize = 16;
-/// Of which image transfers: each uses the network and the disk to the full.
-const MOST_FETCHES: usize = 3;
-/// Rehearsals: each is a guest that boots, beside those that are paid for.
-const MOST_REHEARSALS: usize = 2;
 /// Pause after the first failure; it doubles with each one that follows.
 const FIRST_PAUSE_MILLIS: u64 = 1_000;
 const LONGEST_PAUSE_MILLIS: u64 = 60_000;
@@ -323,11 +319,7 @@ impl Executor {
                 chosen.push(step);
                 continue;
             };
-            let busy_like =
-                |like: fn(&Step) -> bool| like(&step).then(|| self.busy.values().filter(|b| like(b)).count());
-            let too_many = busy_like(|step| matches!(step, Step::FetchImage(_))) >= Some(MOST_FETCHES)
-                || busy_like(|step| matches!(step, Step::Rehearse { .. })) >= Some(MOST_REHEARSALS);
-            if self.busy.contains_key(&subject) || self.busy.len() >= MOST_BUSY || too_many {
+            if self.busy.contains_key(&subject) || !has_room(&self.busy, &step) {
                 continue;
             }
             self.note_intent(&wishes, found, &step);
