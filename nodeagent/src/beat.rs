@@ -51,6 +51,9 @@ pub struct Beats {
 }
 
 struct Target {
+    /// As the quorum has it.
+    name: String,
+    /// What the name stood for when it was last known.
     address: SocketAddr,
     nonce: u64,
     /// The highest beat that it answered: an older answer is late or replayed.
@@ -174,8 +177,9 @@ impl Beats {
 }
 
 impl Target {
-    fn new(address: SocketAddr) -> Self {
-        Self { address, nonce: 0, answered: 0, answered_at: clock::boottime_nanos(), sent: VecDeque::new() }
+    fn new(name: &str, address: SocketAddr) -> Self {
+        let answered_at = clock::boottime_nanos();
+        Self { name: name.into(), address, nonce: 0, answered: 0, answered_at, sent: VecDeque::new() }
     }
 
     fn note(&mut self, sent: Sent) {
@@ -258,7 +262,8 @@ impl Sockets {
     }
 }
 
-/// Addresses for names; what is known of a controller that stays is kept.
+/// Addresses for names; what is known of a controller that stays is kept. So is its address when the name is not known just
+/// now: a name server that is down must not end the lease.
 async fn resolve(names: &[String], mut known: Vec<Target>) -> Vec<Target> {
     let mut targets: Vec<Target> = Vec::new();
     for name in names.iter().filter(|name| !name.starts_with("unix:")).take(MOST_TARGETS) {
@@ -269,13 +274,15 @@ async fn resolve(names: &[String], mut known: Vec<Target>) -> Vec<Target> {
                 _ => None,
             },
         };
-        let Some(address) = address else {
+        let last_known = || known.iter().find(|target| target.name == *name).map(|target| target.address);
+        let Some(address) = address.or_else(last_known) else {
             tracing::debug!(controller = name, "the controller's name is not known just now");
             continue;
         };
         if targets.iter().all(|target| target.address != address) {
             let old = known.iter().position(|target| target.address == address);
-            targets.push(old.map_or_else(|| Target::new(address), |old| known.swap_remove(old)));
+            let target = old.map_or_else(|| Target::new(name, address), |old| known.swap_remove(old));
+            targets.push(Target { name: name.clone(), ..target });
         }
     }
     targets
@@ -293,7 +300,7 @@ mod tests {
 
     #[test]
     fn an_answer_grants_by_what_was_sent_and_not_by_what_it_says() {
-        let mut target = Target::new(SocketAddr::from(([127, 0, 0, 1], 7470)));
+        let mut target = Target::new("c1:7470", SocketAddr::from(([127, 0, 0, 1], 7470)));
         target.note(Sent { seq: 1, at: 1000, incarnation: 4 });
         target.note(Sent { seq: 2, at: 2000, incarnation: 5 });
         let grant = Some(Grant { age_nanos: 7 });
@@ -309,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_controller_whose_answers_come_too_late_for_a_lease_does_not_answer() {
-        let mut target = Target::new(SocketAddr::from(([127, 0, 0, 1], 7470)));
+        let mut target = Target::new("c1:7470", SocketAddr::from(([127, 0, 0, 1], 7470)));
         let second = 1_000_000_000;
         let ack = |seq, nonce| Ack { node: NodeId(1), seq, nonce, boottime_nanos: 0, leader: true, grant: None };
         for seq in 1..=7 {
@@ -324,5 +331,19 @@ mod tests {
             (6 * second, 10, 7),
             "it is there, and too late"
         );
+    }
+
+    #[tokio::test]
+    async fn a_controller_whose_name_is_not_known_just_now_is_beaten_to_where_it_was() {
+        let address = SocketAddr::from(([192, 0, 2, 1], 7470));
+        // RFC 6761: a name that nobody ever has.
+        let name = "controller.invalid:7470".to_owned();
+        let mut target = Target::new(&name, address);
+        target.nonce = 9;
+        let other = "192.0.2.2:7470".to_owned();
+        let targets = resolve(&[other, name.clone()], vec![target]).await;
+        let known: Vec<_> = targets.iter().map(|target| (target.address.ip().to_string(), target.nonce)).collect();
+        assert_eq!(known, [("192.0.2.2".into(), 0), ("192.0.2.1".into(), 9)]);
+        assert!(resolve(&[name], vec![]).await.is_empty(), "one that was never known");
     }
 }
