@@ -19,11 +19,14 @@ pub fn vxlan_overhead(underlay: IpAddr) -> u32 {
     ip_header + 8 + 8 + 14
 }
 
+/// What the names of all guests' taps begin with, and of nothing else on a host.
+pub const TAP_PREFIX: &str = "tfn";
+
 /// The name of the tap of a guest's card, known before it is there. A device's name has at most 15 bytes, and of a MAC of the
 /// quorum's the first byte is always the same.
 pub fn tap(mac: Mac) -> String {
     let [_, a, b, c, d, e] = mac.0;
-    format!("tfn{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}")
+    format!("{TAP_PREFIX}{a:02x}{b:02x}{c:02x}{d:02x}{e:02x}")
 }
 
 /// A network that was found on this host, in a form that compares with what is wanted.

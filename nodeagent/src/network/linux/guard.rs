@@ -1,4 +1,4 @@
-//! The rules of a network on this host, as two nft tables of one name, in three parts.
+//! The rules of a network on this host, as two nft tables of one name, in four parts.
 //!
 //! *Apart* (`bridge`): what is the same on every host must not meet over the tunnel. Each host has its own gateway with the
 //! same address and its own DHCP server with its own guests' leases, so neither DHCP nor anything from or to the gateway may
@@ -7,6 +7,10 @@
 //! *Own* (`bridge`): a guest of this host speaks under its own MAC and IP address, or not at all. Its tap is known by name before
 //! it is there, so that not even its first packet is under another's. Not here: a guest that is still on its way to this host,
 //! which says nothing before it is handed over; and IPv6, in which nobody here has an address.
+//!
+//! *Shut* (`bridge`): nothing that guests send is for the host itself. The bridge has no address, but the kernel would answer on it
+//! for every address that the host has elsewhere, and take packets for them: into other tenants' tunnels, for one. Gateway and
+//! DHCP server are behind a port, in a namespace, and so are not the host.
 //!
 //! *Peers* (`inet`): only a host that has a machine in the network now may send into it. One that was given up as lost and goes
 //! on all the same would answer for addresses that are elsewhere; what it sends ends at the hosts that know better.
@@ -23,7 +27,7 @@ use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, process::Command};
 
 use super::{
-    super::{Result, tap},
+    super::{Result, TAP_PREFIX, tap},
     Names, failed,
     segment::VXLAN_PORT,
 };
@@ -38,16 +42,17 @@ pub struct Standing {
 enum Part {
     Apart,
     Own,
+    Shut,
     Peers,
 }
 
-const PARTS: [Part; 3] = [Part::Apart, Part::Own, Part::Peers];
+const PARTS: [Part; 4] = [Part::Apart, Part::Own, Part::Shut, Part::Peers];
 const FAMILIES: [&str; 2] = ["bridge", "inet"];
 
 impl Part {
     fn family(self) -> &'static str {
         match self {
-            Self::Apart | Self::Own => "bridge",
+            Self::Apart | Self::Own | Self::Shut => "bridge",
             Self::Peers => "inet",
         }
     }
@@ -56,7 +61,7 @@ impl Part {
         match self {
             Self::Apart => "forward",
             Self::Own => "prerouting",
-            Self::Peers => "input",
+            Self::Shut | Self::Peers => "input",
         }
     }
 
@@ -64,6 +69,7 @@ impl Part {
         match self {
             Self::Apart => "apart",
             Self::Own => "own",
+            Self::Shut => "shut",
             Self::Peers => "peers",
         }
     }
@@ -72,6 +78,7 @@ impl Part {
         match self {
             Self::Apart => kept_apart(names, wish),
             Self::Own => wish.leases.iter().flat_map(under_its_own_address).collect(),
+            Self::Shut => shut(names),
             Self::Peers => from_peers_only(names, wish),
         }
     }
@@ -193,6 +200,13 @@ fn kept_apart(names: &Names, wish: &NetworkWish) -> Vec<String> {
     .collect()
 }
 
+/// By what is plugged in, because not every kernel can name the bridge (`meta ibrname`): the tap of every guest,
+/// whichever network it is in, and the two other ports.
+fn shut(names: &Names) -> Vec<String> {
+    let ports = [format!("{TAP_PREFIX}*"), names.tunnel.clone(), names.gateway.clone()];
+    ports.map(|port| format!("iifname \"{port}\" drop")).into()
+}
+
 /// RFC 7348: the network's number is 12 bytes into the UDP datagram, header included, and 3 bytes long.
 fn from_peers_only(names: &Names, wish: &NetworkWish) -> Vec<String> {
     let packet = format!("udp dport {VXLAN_PORT} @th,96,24 {}", names.vni);
@@ -270,6 +284,12 @@ table bridge trefoil_5 {
     iifname "tfn5400000009" arp saddr ip != { 0.0.0.0, 10.0.0.9 } drop
     iifname "tfn5400000009" ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept
     iifname "tfn5400000009" ip saddr != 10.0.0.9 drop
+  }
+  chain shut {
+    type filter hook input priority filter
+    iifname "tfn*" drop
+    iifname "tfx5" drop
+    iifname "tfg5" drop
   }
 }
 table inet trefoil_5

@@ -196,6 +196,39 @@ fn a_guest_speaks_under_its_own_addresses_alone() {
 }
 
 #[test]
+fn a_guest_reaches_no_address_of_its_host() {
+    let Some([one, _two]) = lab() else { return };
+    let here = wish(7, &[11, 12], &[]);
+    one.ensure(slice::from_ref(&here));
+    let (guest, neighbour) = (Guest::plug(&one, 7, 11), Guest::plug(&one, 7, 12));
+    assert!(!guest.lease().is_empty() && !neighbour.lease().is_empty());
+    // As on hosts that do not look whether they would answer by the way that a packet came.
+    one.shell("for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 >$file; done");
+    let address = one.underlay;
+    let asks = || guest.does(&format!("busybox arping -c2 -w2 -I eth0 {address}"));
+    assert!(guest.does(&format!("ip route add {address} dev eth0")));
+    let bridge = one.shell("ip -br link show tfb7 | awk '{ print $3 }'");
+    assert!(guest.does(&format!("ip neighbour add {address} lladdr {} dev eth0", bridge.trim())));
+    let pinged = || one.shell("awk '/^Icmp: [0-9]/ { print $2 }' /proc/net/snmp");
+    let is_heard = || {
+        let before = pinged();
+        guest.does(&format!("busybox ping -c2 -W1 {address}"));
+        pinged() != before
+    };
+    assert!(!asks() && !is_heard());
+    assert!(guest.reaches(12) && guest.reaches(1), "its network and the gateway are there");
+    // So the rules hold it off, and not something else; and they are put back.
+    one.shell("nft delete table bridge trefoil_7");
+    assert!(asks() && is_heard(), "without them it would be heard");
+    one.ensure(slice::from_ref(&here));
+    assert!(!asks() && !is_heard());
+    assert!(!guest.lease().is_empty(), "and it may ask for its lease again");
+    one.remove(&[7]);
+    drop((guest, neighbour));
+    one.is_as_new();
+}
+
+#[test]
 fn another_agent_finds_and_removes_what_the_last_one_left() {
     let Some([one, _]) = lab() else { return };
     one.ensure(&[wish(8, &[11], &[]), wish(9, &[11], &[])]);
