@@ -25,6 +25,7 @@ use model::{
 };
 use tokio::{
     sync::{mpsc, watch},
+    task::spawn_blocking,
     time::sleep,
 };
 
@@ -42,6 +43,7 @@ mod backups;
 mod caps;
 mod heard;
 mod moving;
+mod notes;
 mod observe;
 mod rehearsal;
 
@@ -319,7 +321,11 @@ impl Executor {
                 chosen.push(step);
                 continue;
             };
-            if self.busy.contains_key(&subject) || !has_room(&self.busy, &step) {
+            if self.busy.contains_key(&subject) {
+                self.free(&step);
+                continue;
+            }
+            if !has_room(&self.busy, &step) {
                 continue;
             }
             self.note_intent(&wishes, found, &step);
@@ -358,45 +364,12 @@ impl Executor {
         Ok(())
     }
 
-    fn note_report(&mut self, wishes: &BTreeMap<VmId, &VmWish>, found: &Observed, step: &Step) {
-        match step {
-            Step::Report(report) => {
-                let Some(wish) = wishes.get(&report.vm) else { return };
-                if matches!(report.phase, Phase::Running | Phase::Suspended | Phase::Stopped) {
-                    self.memory(wish, found).existed = true;
-                }
-                let told = Told { attempt: wish.attempt, power: wish.power, report: report.clone() };
-                self.told.insert(report.vm, told);
-            }
-            Step::ReportImage(report) => drop(self.told_images.insert(report.digest, report.good)),
-            Step::ReportBackup(report) => drop(self.told_backups.insert(report.vm, report.number)),
-            Step::ReportRehearsal(report) => self.rehearsals.note_told(report),
-            Step::ReportMove(report) => self.moves.note_told(report),
-            _ => {}
-        }
-    }
-
-    fn note_intent(&mut self, wishes: &BTreeMap<VmId, &VmWish>, found: &Observed, step: &Step) {
-        match step {
-            Step::MakeDisk(vm) | Step::Start { vm, .. } => {
-                let Some(wish) = wishes.get(vm) else { return };
-                let memory = self.memory(wish, found);
-                (memory.begun, memory.removed) = (true, false);
-                if let Step::Start { reboots, .. } = step {
-                    (memory.rebooted, memory.wished_off) = (*reboots, false);
-                }
-            }
-            Step::Migrate { vm, epoch } => {
-                let Some(wish) = wishes.get(vm) else { return };
-                self.memory(wish, found).leaving = Some(*epoch);
-            }
-            Step::PressPower(vm) | Step::Reset { vm, .. } | Step::Remove(vm) => {
-                // So that there is a memory to change when it is done.
-                if let Some(wish) = wishes.get(vm) {
-                    self.memory(wish, found);
-                }
-            }
-            _ => {}
+    /// What is under way on a guest that nobody wants here may wait for an answer of a process that the guard has stopped, and so
+    /// would this for its turn.
+    fn free(&self, step: &Step) {
+        if let Step::Quarantine { vm, .. } | Step::Remove(vm) = *step {
+            let hypervisor = self.host.hypervisor.clone();
+            spawn_blocking(move || hypervisor.end_if_stopped(vm));
         }
     }
 

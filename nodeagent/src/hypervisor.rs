@@ -212,6 +212,9 @@ pub trait Hypervisor: Send + Sync {
     /// Switch off and undefine a guest that nobody wants here, and move its disk aside, kept and listed by the host:
     /// its data may be the only copy. (`guest_dir::GuestDirs::quarantined` lists them.)
     fn quarantine(&self, vm: VmId) -> Result<()>;
+    /// End the guest if the guard has stopped its process, so that every call that waits for an answer of it fails. Its disk stays.
+    /// Only for guests that are processes.
+    fn end_if_stopped(&self, _vm: VmId) {}
     /// Stops what may not run, and lets go on what was stopped so and may. Only for guests that are no processes: a real
     /// one is stopped by the guard, behind the hypervisor's back, and still counts as running.
     fn enforce(&self, _permit: &Permit, _boottime_nanos: u64) -> Result<()> {

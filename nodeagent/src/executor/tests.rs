@@ -335,6 +335,20 @@ async fn an_older_placement_is_set_aside_before_the_new_one_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_that_waits_for_a_stopped_guest_does_not_keep_it_from_being_set_aside() {
+    let world = World::new();
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    world.hypervisor.set(Mood::Stopped(VmId(1)));
+    world.wish(2, vec![vm(7, Power::Suspended)]);
+    world.until("it waits", |world| world.hypervisor.hung.load(Ordering::SeqCst) == 1).await;
+    let begun = Instant::now();
+    world.wish(3, vec![]);
+    world.until("it is set aside", |world| world.quarantined() == 1).await;
+    assert!(begun.elapsed() < Duration::from_secs(20), "its process was ended");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_that_went_down_by_itself_stays_down_and_one_that_crashed_comes_back() {
     let world = World::new();
     world.wish(1, vec![vm(7, Power::Running)]);
@@ -405,7 +419,7 @@ async fn a_look_that_hangs_keeps_no_permit_from_being_settled() {
     };
     world.hypervisor.set(Mood::LookHangs);
     world.assignment.send_replace(Some(exclusive(1)));
-    let looks = || world.hypervisor.hung_looks.load(Ordering::SeqCst);
+    let looks = || world.hypervisor.hung.load(Ordering::SeqCst);
     world.until("the look hangs", |_| looks() == 1).await;
     // Another leader, in the middle of it.
     for incarnation in [2, 3] {

@@ -195,7 +195,7 @@ impl Libvirt {
     fn sweep(&self, guests: &[Guest]) {
         rehearsal::clear_once(self);
         let found = std::mem::take(&mut *lock(&self.found_at_start));
-        let stopped = if found.is_empty() { BTreeSet::new() } else { self.stopped() };
+        let stopped = if found.is_empty() { BTreeSet::new() } else { stopped::vms(self) };
         for vm in found {
             if guests.iter().any(|guest| guest.vm == vm) {
                 // Its QEMU would keep this look waiting until it goes on: it is left to a later one.
@@ -222,7 +222,7 @@ impl Libvirt {
     fn abolish(&self, vm: VmId, folder: impl FnOnce(&GuestDirs) -> Result<()>) -> Result<()> {
         let domain = self.domain(vm)?;
         if let Some(domain) = &domain {
-            self.end_if_stopped(vm);
+            stopped::end(self, vm);
             domain.destroy()?;
         }
         folder(&self.dirs)?;
@@ -400,7 +400,7 @@ impl Hypervisor for Libvirt {
             return Ok(());
         }
         self.amend(vm, |record| record.stopping = true)?;
-        self.end_if_stopped(vm);
+        stopped::end(self, vm);
         domain.destroy()
     }
 
@@ -459,6 +459,10 @@ impl Hypervisor for Libvirt {
         let marked = || Ok(self.domain(vm)?.map(|domain| domain.mark()).transpose()?.flatten().map(|mark| mark.epoch));
         let epoch = recorded.map_or_else(marked, |epoch| Ok(Some(epoch)))?;
         self.abolish(vm, |dirs| dirs.quarantine(vm, epoch.unwrap_or(0)))
+    }
+
+    fn end_if_stopped(&self, vm: VmId) {
+        stopped::end(self, vm);
     }
 
     fn console_log(&self, vm: VmId, max_bytes: usize) -> Result<Vec<u8>> {

@@ -26,8 +26,8 @@ pub struct Moody {
     pub starts: AtomicU32,
     pub resets: AtomicU32,
     pub rehearsals: AtomicU32,
-    /// Looks that have begun to hang.
-    pub hung_looks: AtomicU32,
+    /// Calls that have begun to hang.
+    pub hung: AtomicU32,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -40,14 +40,16 @@ pub enum Mood {
     Starting(VmId),
     /// A look at the guests does not end.
     LookHangs,
+    /// The guard has stopped this one: to suspend it waits until its process is ended.
+    Stopped(VmId),
 }
 
 type Hyper<T> = crate::hypervisor::Result<T>;
 
 impl Moody {
     pub fn new(inner: Simulated) -> Self {
-        let [starts, resets, rehearsals, hung_looks] = [const { AtomicU32::new(0) }; 4];
-        Self { inner, mood: Mutex::new(Mood::Good), starts, resets, rehearsals, hung_looks }
+        let [starts, resets, rehearsals, hung] = [const { AtomicU32::new(0) }; 4];
+        Self { inner, mood: Mutex::new(Mood::Good), starts, resets, rehearsals, hung }
     }
 
     pub fn set(&self, mood: Mood) {
@@ -60,6 +62,9 @@ impl Moody {
 
     /// Bounded, because a test that has failed does not end before its threads do.
     fn hang_while(&self, mood: Mood) {
+        if self.mood() == mood {
+            self.hung.fetch_add(1, Ordering::SeqCst);
+        }
         let begun = Instant::now();
         while self.mood() == mood && begun.elapsed() < Duration::from_secs(30) {
             std::thread::sleep(Duration::from_millis(5));
@@ -86,10 +91,7 @@ impl Hypervisor for Moody {
     }
     fn guests(&self) -> Hyper<Vec<Guest>> {
         self.check()?;
-        if self.mood() == Mood::LookHangs {
-            self.hung_looks.fetch_add(1, Ordering::SeqCst);
-            self.hang_while(Mood::LookHangs);
-        }
+        self.hang_while(Mood::LookHangs);
         self.inner.guests()
     }
     fn usage(&self) -> Hyper<Vec<(VmId, GuestUsage)>> {
@@ -110,13 +112,17 @@ impl Hypervisor for Moody {
         match self.mood() {
             Mood::NoStart => return Err(HypervisorError::Permanent("no such machine type".into())),
             Mood::Panics => panic!("a mistake in the hypervisor's code"),
-            Mood::Good | Mood::Unreachable | Mood::Starting(_) | Mood::LookHangs => {}
+            Mood::Good | Mood::Unreachable | Mood::Starting(_) | Mood::LookHangs | Mood::Stopped(_) => {}
         }
         self.starts.fetch_add(1, Ordering::SeqCst);
         self.hang_while(Mood::Starting(spec.vm));
         self.inner.start(spec)
     }
     fn suspend(&self, vm: VmId) -> Hyper<()> {
+        if self.mood() == Mood::Stopped(vm) {
+            self.hang_while(Mood::Stopped(vm));
+            return Err(HypervisorError::Transient("its process ended".into()));
+        }
         self.inner.suspend(vm)
     }
     fn resume(&self, vm: VmId) -> Hyper<()> {
@@ -165,6 +171,11 @@ impl Hypervisor for Moody {
     }
     fn cancel_migration(&self, vm: VmId) -> Hyper<()> {
         self.inner.cancel_migration(vm)
+    }
+    fn end_if_stopped(&self, vm: VmId) {
+        if self.mood() == Mood::Stopped(vm) {
+            self.set(Mood::Good);
+        }
     }
     fn quarantine(&self, vm: VmId) -> Hyper<()> {
         self.inner.quarantine(vm)
