@@ -220,6 +220,7 @@ pub async fn run_in(
     parts.spawn(remember_controllers(dir, heard.beat_targets.subscribe()));
     parts.spawn(sample_node(host.clone(), outbox));
     parts.spawn(sample_guests(host.clone()));
+    parts.spawn(bound_consoles(host.clone()));
     match config.hypervisor {
         HypervisorChoice::Libvirt { guard, .. } => {
             let supervisor = Supervisor::new(config.data, guard, leases);
@@ -354,6 +355,18 @@ async fn sample_guests(host: Arc<Host>) -> Result<()> {
         match spawn_blocking(move || hypervisor.usage()).await? {
             Ok(usage) => host.view.set_usage(usage),
             Err(error) => tracing::debug!(%error, "the use of the guests cannot be seen"),
+        }
+    }
+}
+
+/// Apart from the use of the guests: while that waits for one that is stuck, the others go on writing.
+async fn bound_consoles(host: Arc<Host>) -> Result<()> {
+    let mut tick = ticks();
+    loop {
+        tick.tick().await;
+        let hypervisor = host.hypervisor.clone();
+        if let Err(error) = spawn_blocking(move || hypervisor.bound_consoles()).await? {
+            tracing::warn!(%error, "the logs of the guests' consoles cannot be looked at");
         }
     }
 }

@@ -151,8 +151,14 @@ pub trait Hypervisor: Send + Sync {
     /// A disk that was made and never started is no guest; if it is still there when the agent starts again, it is
     /// removed, since nothing was ever written to it. Quick, and never waits for a guest.
     fn guests(&self) -> Result<Vec<Guest>>;
-    /// Use of the running guests. May wait for a guest that is stuck (30 s), so keep it apart from the heartbeat.
+    /// Use of the running guests, without those that the guard has stopped. May wait for a guest that is stuck (30 s), or as
+    /// long as one stands still that is stopped just then, so keep it apart from the heartbeat.
     fn usage(&self) -> Result<Vec<(VmId, GuestUsage)>>;
+    /// Cut what guests have written to their consoles to what is kept of it. Waits for no guest. For hypervisors that write it
+    /// to a file.
+    fn bound_consoles(&self) -> Result<()> {
+        Ok(())
+    }
     /// Base images that disks here stand on, those set aside included: they must stay.
     fn bases(&self) -> Result<BTreeSet<PathBuf>>;
     /// Make the disk (an overlay on the base) and the seed, if they are not there. Refused while a disk of another

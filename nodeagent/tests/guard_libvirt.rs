@@ -4,7 +4,9 @@
 #![cfg(feature = "libvirt")]
 
 use std::{
-    thread::sleep,
+    fs,
+    sync::{Arc, mpsc::channel},
+    thread::{self, sleep},
     time::{Duration, Instant},
 };
 
@@ -30,7 +32,7 @@ const EPOCH: u64 = 4242;
 #[test]
 fn guests_stop_with_libvirtd_hung_and_one_that_was_given_away_is_set_aside_at_once() {
     let Some(host) = Host::start(1) else { return };
-    let h = host.open();
+    let h = Arc::new(host.open());
     for vm in [1, 2] {
         h.make_disk(&host.spec(vm)).unwrap();
         h.start(&host.spec(vm)).unwrap();
@@ -57,6 +59,14 @@ fn guests_stop_with_libvirtd_hung_and_one_that_was_given_away_is_set_aside_at_on
     assert!(host.inside("kill -CONT $(cat /run/libvirtd.pid)").status().unwrap().success());
     let powers = || h.guests().unwrap().iter().map(|guest| guest.power).collect::<Vec<_>>();
     assert_eq!(powers(), [GuestPower::Running; 2], "libvirt has not noticed");
+    let (tell, told) = channel();
+    let sampling = h.clone();
+    thread::spawn(move || tell.send(sampling.usage().unwrap()));
+    assert_eq!(told.recv_timeout(Duration::from_secs(10)), Ok(vec![]), "nobody waits for an answer of theirs");
+    let console = host.agent_dir().join("vms/vm-1/console.log");
+    fs::write(&console, vec![b'x'; 5 << 20]).unwrap();
+    h.bound_consoles().unwrap();
+    assert_eq!(fs::metadata(&console).unwrap().len(), 0);
 
     permit(&page, 60 * SECOND, [Standing::Denied, Standing::Leased]);
     wait("the one that is still ours goes on", || !is_stopped(processes[1]));

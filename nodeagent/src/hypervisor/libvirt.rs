@@ -301,16 +301,23 @@ impl Hypervisor for Libvirt {
 
     fn usage(&self) -> Result<Vec<(VmId, GuestUsage)>> {
         let mut all = Vec::new();
+        let stopped = stopped::vms(self);
         for (domain, mark) in self.marked()? {
-            if let Err(e) = self.dirs.bound_console(mark.vm) {
-                tracing::warn!(vm = %mark.vm, error = %e, "the console's log grows beyond its bound");
-            }
-            if domain.seen().is_ok_and(Seen::is_on) {
+            if !stopped.contains(&mark.vm) && domain.seen().is_ok_and(Seen::is_on) {
                 let macs = self.dirs.read::<Record>(mark.vm)?.map_or_else(Vec::new, |record| record.macs);
                 all.push((mark.vm, usage::of(&domain.domain, &self.dirs.paths(mark.vm).disk, &macs)));
             }
         }
         Ok(all)
+    }
+
+    fn bound_consoles(&self) -> Result<()> {
+        for vm in self.dirs.vms()? {
+            if let Err(e) = self.dirs.bound_console(vm) {
+                tracing::warn!(%vm, error = %e, "the console's log grows beyond its bound");
+            }
+        }
+        Ok(())
     }
 
     fn bases(&self) -> Result<BTreeSet<PathBuf>> {
