@@ -206,3 +206,78 @@ fn unix_listener(data: &std::path::Path) -> Result<UnixListener> {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666))?;
     Ok(listener)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use api::{
+        client::{self, Client, Joined, new_request_id},
+        error::ApiError,
+        proto::{IssueJoinTokenRequest, ListRequest, node_session_client::NodeSessionClient},
+        tls::make_key_and_csr,
+        token,
+    };
+    use tonic::transport::ClientTlsConfig;
+
+    use super::*;
+    use crate::found::{InitArgs, init};
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// What a host is told that opens a session and says nothing.
+    async fn attached(address: &str, tls: ClientTlsConfig) -> ApiError {
+        let mut sessions = NodeSessionClient::new(tls::connect(address, tls).unwrap());
+        sessions.attach(tokio_stream::empty()).await.expect_err("it said no hello").into()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn people_are_known_by_their_tokens_and_hosts_by_their_certificates_on_the_port_and_the_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let data = directory.path().join("data");
+        let listen: SocketAddr = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let founded = init(InitArgs {
+            data: data.clone(),
+            name: "c1".into(),
+            listen,
+            advertise: listen.to_string(),
+            operator: "root".into(),
+            timing: crate::Timing::Noisy,
+            snapshot_every: None,
+        });
+        let founded = founded.await.unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let running = tokio::spawn(run(RunArgs { data: data.clone() }, async { drop(stopped.await) }));
+
+        let places = [listen.to_string(), format!("unix:{}", data.join("api.sock").display())];
+        for (number, place) in places.into_iter().enumerate() {
+            let known = Client::new(std::slice::from_ref(&place), &founded.ca_pem, &founded.operator_token).unwrap();
+            let listed =
+                known.read(ListRequest::default(), async |mut stub, r| stub.list_users(r).await).await.unwrap();
+            assert_eq!(listed.users.len(), 1, "{place}");
+            let made_up =
+                Client::new(std::slice::from_ref(&place), &founded.ca_pem, &token::user_token([1; 32])).unwrap();
+            let refused = made_up.read(ListRequest::default(), async |mut stub, r| stub.list_users(r).await).await;
+            assert_eq!(refused.unwrap_err().code, "unauthenticated", "{place}");
+
+            let asked = IssueJoinTokenRequest { role: "agent".into(), valid_millis: 0 };
+            let issue =
+                async |mut stub: api::proto::trefoil_client::TrefoilClient<_>, r| stub.issue_join_token(r).await;
+            let token = known.mutate(new_request_id(), asked, issue).await.unwrap().token;
+            let request = make_key_and_csr().unwrap();
+            let name = format!("host{number}");
+            let joined = client::join(&token, &name, "192.0.2.1:7471", request.csr_der, PATIENCE).await.unwrap();
+            let Joined::Agent(joined) = joined else { panic!("the token is an agent's") };
+            let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+            let (ca_pem, cert_pem) = (text(&joined.ca_pem), text(&joined.certificate_pem));
+            let host = Identity { ca_pem, cert_pem, key_pem: request.key_pem };
+            assert_eq!(attached(&place, tls::client_tls(&host)).await.code, "invalid-argument", "{place}: no hello");
+            let stranger = CertificateAuthority::load(&data).unwrap().unwrap().issue("node-1").unwrap();
+            for tls in [tls::client_tls(&stranger), tls::client_tls_ca(&founded.ca_pem)] {
+                assert_eq!(attached(&place, tls).await.code, "unauthenticated", "{place}");
+            }
+        }
+        stop.send(()).unwrap();
+        running.await.unwrap().unwrap();
+    }
+}
