@@ -172,6 +172,7 @@ impl Executor {
                 "a new assignment"
             );
         }
+        let new = moving::with_their_leases(new);
         let old = self.assignment.replace(new.clone());
         let mut networks = mem::take(&mut self.networks);
         self.doubt_networks(old.as_ref().map_or(&[], |old| &old.networks), &mut networks);

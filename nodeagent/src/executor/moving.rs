@@ -2,10 +2,17 @@
 //!
 //! Deliberately not here: when it goes (`model::steps`), and how its bytes travel (`relay`, `hypervisor::migration`).
 
-use std::{collections::BTreeMap, path::PathBuf, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use model::{
     Assignment, MoveEnd, Power, VmId,
+    assignment::Lease,
     command::MoveReport,
     steps::{Memory, Observed},
 };
@@ -171,4 +178,23 @@ fn move_of(assignment: &Assignment, vm: VmId) -> Option<u64> {
 pub fn arriving(assignment: &Assignment) -> BTreeMap<VmId, u64> {
     let coming = assignment.vms.iter().filter(|wish| wish.power == Power::Arriving);
     coming.map(|wish| (wish.vm, wish.epoch)).collect()
+}
+
+/// As it will be when the guests that may come have been handed over: their networks are made for them before they are let in,
+/// so that none runs here under rules that do not know it, nor waits for them. One that has not come asks for no address here.
+pub fn with_their_leases(new: Arc<Assignment>) -> Arc<Assignment> {
+    let coming = new.vms.iter().filter(|wish| wish.power == Power::Arriving);
+    let vnis: BTreeSet<u32> = coming.flat_map(|wish| &wish.nics).map(|nic| nic.vni).collect();
+    if vnis.is_empty() {
+        return new;
+    }
+    let mut whole = (*new).clone();
+    for network in whole.networks.iter_mut().filter(|network| vnis.contains(&network.vni)) {
+        let here = new.vms.iter().filter(|wish| wish.power != Power::Absent);
+        let plugged = here.flat_map(|wish| wish.nics.iter().map(move |nic| (wish, nic)));
+        let plugged = plugged.filter(|(_, nic)| nic.vni == network.vni);
+        network.leases =
+            plugged.map(|(wish, nic)| Lease { mac: nic.mac, ip: nic.ip, hostname: wish.name.clone() }).collect();
+    }
+    Arc::new(whole)
 }

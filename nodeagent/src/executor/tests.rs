@@ -30,6 +30,7 @@ use crate::{
 mod increments;
 mod lost_disk;
 mod moody;
+mod networks;
 mod rehearsal;
 
 use moody::{Mood, Moody};
@@ -431,40 +432,6 @@ async fn a_look_that_hangs_keeps_no_permit_from_being_settled() {
     assert_eq!(looks(), 1, "the look goes on, and no other is begun beside it");
     world.hypervisor.set(Mood::Good);
     world.until_reported(7, Phase::Stopped).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_network_that_was_broken_by_hand_is_mended() {
-    let world = World::new();
-    world.wish(1, vec![vm(7, Power::Running)]);
-    world.until_reported(7, Phase::Running).await;
-    world.network.delete_bridge(100);
-    let wanted = [network()];
-    let begun = Instant::now();
-    while !world.network.found(&wanted).await.unwrap()[0].complete {
-        assert!(begun.elapsed() < DEADLINE, "waited in vain for: the bridge is back");
-        sleep(Duration::from_millis(50)).await;
-    }
-}
-
-#[tokio::test]
-async fn a_network_of_which_more_is_wished_is_not_whole_before_it_was_seen_again() {
-    let mut world = World::new();
-    world.kill_agent().await;
-    let (mut executor, _outbox) = world.executor();
-    executor.obey(assignment(1, vec![vm(7, Power::Running)])).unwrap();
-    executor.networks = [(100, true)].into();
-    executor.obey(assignment(2, vec![vm(7, Power::Stopped)])).unwrap();
-    assert_eq!(executor.networks, [(100, true)].into(), "nothing else is wished of it");
-    let mut wider = (*assignment(3, vec![vm(7, Power::Running)])).clone();
-    wider.networks[0].peers.push(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7)));
-    let narrower = executor.assignment.clone().unwrap();
-    executor.obey(Arc::new(wider)).unwrap();
-    assert_eq!(executor.networks, [(100, false)].into());
-    // A look that began before does not speak of it either.
-    let mut seen = [(100, true)].into();
-    executor.doubt_networks(&narrower.networks, &mut seen);
-    assert_eq!(seen, [(100, false)].into());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,8 +5,8 @@
 //! cross.
 //!
 //! *Own* (`bridge`): a guest of this host speaks under its own MAC and IP address, or not at all. Its tap is known by name before
-//! it is there, so that not even its first packet is under another's. Not here: a guest that is still on its way to this host,
-//! which says nothing before it is handed over; and IPv6, in which nobody here has an address.
+//! it is there, so that not even its first packet is under another's. That also holds for one that comes from another host.
+//! Not here: IPv6, in which nobody here has an address.
 //!
 //! *Shut* (`bridge`): nothing that guests send is for the host itself. The bridge has no address, but the kernel would answer on it
 //! for every address that the host has elsewhere, and take packets for them: into other tenants' tunnels, for one. Gateway and
