@@ -29,7 +29,13 @@ use tokio::{
     time::sleep,
 };
 
-use crate::{clock, host::Host, hypervisor::HypervisorError, journal::Journal, outbox::Outbox};
+use crate::{
+    clock,
+    host::Host,
+    hypervisor::{HypervisorError, job::Job},
+    journal::Journal,
+    outbox::Outbox,
+};
 use act::{Done as Outcome, Fault, FaultKind, act};
 use backups::aged;
 use caps::has_room;
@@ -71,6 +77,8 @@ pub struct Executor {
     /// What became of backups, and when each disk was as it is in its copy.
     backups: BTreeMap<VmId, (BackupReport, u64)>,
     told_backups: BTreeMap<VmId, u32>,
+    /// Backups that are under way and may go on.
+    copies: BTreeMap<VmId, Arc<Job>>,
     rehearsals: Rehearsals,
     moves: Moves,
     assignment: Option<Arc<Assignment>>,
@@ -102,6 +110,7 @@ impl Executor {
             told_images: BTreeMap::new(),
             backups: BTreeMap::new(),
             told_backups: BTreeMap::new(),
+            copies: BTreeMap::new(),
             rehearsals: Rehearsals::default(),
             moves: Moves::default(),
             assignment: None,
@@ -326,7 +335,7 @@ impl Executor {
                 self.free(&step);
                 continue;
             }
-            if !has_room(&self.busy, &step) {
+            if self.waits_for_copy(&step) || !has_room(&self.busy, &step) {
                 continue;
             }
             self.note_intent(&wishes, found, &step);
@@ -351,6 +360,7 @@ impl Executor {
                     let job = match step {
                         Step::Rehearse { image, epoch } => self.rehearsals.begin(assignment, image, epoch),
                         Step::Migrate { vm, epoch } => Some(self.moves.begin(vm, epoch)),
+                        Step::BackUp { vm, .. } => Some(self.begin_backup(vm)),
                         _ => None,
                     };
                     let (host, assignment, done) = (self.host.clone(), assignment.clone(), self.done_sender.clone());
@@ -377,6 +387,9 @@ impl Executor {
     fn finish(&mut self, Done { step, result }: Done) -> io::Result<()> {
         let Some(subject) = step.subject() else { return Ok(()) };
         self.busy.remove(&subject);
+        if let Subject::Backup(vm) = subject {
+            self.copies.remove(&vm);
+        }
         let not_now = result.as_ref().is_err_and(|fault| fault.kind == FaultKind::NotNow);
         match step {
             Step::BackUp { vm, number, .. } if !not_now => {

@@ -75,9 +75,6 @@ impl Done {
     }
 }
 
-/// A copy of a large disk over a slow one takes hours; one that takes a day will never be done.
-const BACKUP_LIMIT: Duration = Duration::from_secs(24 * 3600);
-
 /// Carries out a step; a panic in it is a fault like another. `job`: of what takes its time and can be ended.
 pub async fn act(
     host: Arc<Host>,
@@ -103,7 +100,10 @@ async fn perform(
 ) -> Result<Done, Fault> {
     check_lease(&host, &assignment, &step)?;
     let done = match step {
-        Step::BackUp { vm, parent, .. } => return back_up(host, vm, parent).await.map(Done::Copied),
+        Step::BackUp { vm, parent, .. } => {
+            let job = job.ok_or_else(|| mistake("a backup without a job"))?;
+            return back_up(host, vm, parent, job).await.map(Done::Copied);
+        }
         Step::Rehearse { image, epoch } => {
             let wish = assignment.rehearsals.iter().find(|wish| (wish.image, wish.epoch) == (image, epoch)).cloned();
             let begun = wish.zip(job).ok_or_else(|| fault(FaultKind::NotNow, "the assignment no longer has it"));
@@ -150,12 +150,11 @@ async fn perform(
     done.map(|()| Done::Nothing)
 }
 
-async fn back_up(host: Arc<Host>, vm: VmId, parent: Option<Digest>) -> Result<Copied, Fault> {
+async fn back_up(host: Arc<Host>, vm: VmId, parent: Option<Digest>, job: Arc<Job>) -> Result<Copied, Fault> {
     let copied = spawn_blocking(move || {
         let at_millis = clock::boottime_millis();
         // One that is not here, or damaged, is none: the copy is a full one then.
         let parent = parent.and_then(|digest| Some(Parent { digest, file: host.images.verified(digest).ok()? }));
-        let job = Job::new(BACKUP_LIMIT);
         let backup = host.hypervisor.back_up(vm, parent.as_ref(), &job).map_err(hypervisor_fault)?;
         let held = host.images.adopt(&backup.file).map_err(|error| fault(FaultKind::Transient, error))?;
         if let Err(error) = host.hypervisor.backed_up(vm, held.digest) {

@@ -336,6 +336,22 @@ async fn an_older_placement_is_set_aside_before_the_new_one_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_ends_a_copy_of_the_disk_and_does_not_fail_by_it() {
+    let world = World::new();
+    world.wish(1, vec![vm(7, Power::Running)]);
+    world.until_reported(7, Phase::Running).await;
+    world.wish(2, vec![vm(7, Power::Stopped)]);
+    world.until_reported(7, Phase::Stopped).await;
+    world.hypervisor.set(Mood::Copying(VmId(1)));
+    let backup = Some(model::BackupWish { number: 1, parent: None });
+    world.wish(3, vec![VmWish { backup, ..vm(7, Power::Stopped) }]);
+    world.until("it is copied", |world| world.hypervisor.hung.load(Ordering::SeqCst) == 1).await;
+    world.wish(4, vec![VmWish { backup, ..vm(7, Power::Running) }]);
+    world.until_reported(7, Phase::Running).await;
+    assert_eq!(world.hypervisor.starts.load(Ordering::SeqCst), 2, "it was not tried in vain");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_step_that_waits_for_a_stopped_guest_does_not_keep_it_from_being_set_aside() {
     let world = World::new();
     world.wish(1, vec![vm(7, Power::Running)]);

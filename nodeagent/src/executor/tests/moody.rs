@@ -40,6 +40,8 @@ pub enum Mood {
     Starting(VmId),
     /// A look at the guests does not end.
     LookHangs,
+    /// A copy of this one's disk goes on until it is cancelled, and the disk is locked meanwhile.
+    Copying(VmId),
     /// The guard has stopped this one: to suspend it waits until its process is ended.
     Stopped(VmId),
 }
@@ -111,8 +113,17 @@ impl Hypervisor for Moody {
         self.check()?;
         match self.mood() {
             Mood::NoStart => return Err(HypervisorError::Permanent("no such machine type".into())),
+            Mood::Copying(vm) if vm == spec.vm => {
+                self.starts.fetch_add(1, Ordering::SeqCst);
+                return Err(HypervisorError::Transient("its disk is locked".into()));
+            }
             Mood::Panics => panic!("a mistake in the hypervisor's code"),
-            Mood::Good | Mood::Unreachable | Mood::Starting(_) | Mood::LookHangs | Mood::Stopped(_) => {}
+            Mood::Good
+            | Mood::Unreachable
+            | Mood::Starting(_)
+            | Mood::LookHangs
+            | Mood::Copying(_)
+            | Mood::Stopped(_) => {}
         }
         self.starts.fetch_add(1, Ordering::SeqCst);
         self.hang_while(Mood::Starting(spec.vm));
@@ -142,6 +153,16 @@ impl Hypervisor for Moody {
         self.inner.remove(vm)
     }
     fn back_up(&self, vm: VmId, parent: Option<&Parent>, job: &Job) -> Hyper<Backup> {
+        if self.mood() == Mood::Copying(vm) {
+            self.hung.fetch_add(1, Ordering::SeqCst);
+            while job.must_end().is_none() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            self.set(Mood::Good);
+        }
+        if let Some(why) = job.must_end() {
+            return Err(HypervisorError::Transient(why.into()));
+        }
         self.inner.back_up(vm, parent, job)
     }
     fn backed_up(&self, vm: VmId, digest: Digest) -> Hyper<()> {
