@@ -52,9 +52,9 @@ const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 const SNAPSHOT_CHUNKS_AHEAD: usize = 4;
 /// 10 GiB at 10 MB/s take 17 minutes; what takes longer than this is stuck.
 const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(30 * 60);
-/// Between attempts to reach a peer: short at first, because most outages are restarts.
+/// Between attempts to reach a peer: short, because most outages are restarts; a refused connection costs next to nothing.
 const BACKOFF_FIRST_MILLIS: u64 = 50;
-const BACKOFF_LAST_MILLIS: u64 = 1000;
+const BACKOFF_LAST_MILLIS: u64 = 250;
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -196,7 +196,10 @@ async fn on_disk<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, storage::failure::StorageError> + Send + 'static,
 ) -> Result<T, Status> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(|error| Status::data_loss(error.to_string())),
+        Ok(result) => result.map_err(|error| {
+            tracing::warn!(%error, "alert: a snapshot that the leader sends cannot be taken in; it is sent again");
+            Status::data_loss(error.to_string())
+        }),
         Err(error) => Err(Status::internal(error.to_string())),
     }
 }

@@ -9,7 +9,7 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Write},
+    io::{self, Read, Write},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -32,6 +32,8 @@ const COMPLETE: &str = "snapshot-";
 pub const CHUNK_BYTES: usize = 1 << 20;
 /// A state of 10 GiB in files of 64 MiB needs 160; more than this is not a snapshot of ours.
 const MAX_FILES: usize = 10_000;
+/// Left to the log while a snapshot is taken in: more than comes meanwhile.
+const KEPT_FREE: u64 = 64 << 20;
 
 /// What a snapshot holds. The files' bytes follow in this order when it is streamed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,9 +142,24 @@ impl SnapshotStore {
     /// When the manifest is not one of ours or the disk fails.
     pub fn receive(&self, manifest: Manifest) -> Result<Incoming, StorageError> {
         check_manifest(&manifest)?;
+        self.check_room(&manifest)?;
         let path = self.fresh("incoming")?;
         fs::create_dir(&path).map_err(StorageError::file(&path))?;
         Ok(Incoming { store: self.clone(), path, manifest, at: 0, file: None, finished: false })
+    }
+
+    /// A snapshot that does not fit would fill the disk to the brim, again and again, and the log has its place there too.
+    fn check_room(&self, manifest: &Manifest) -> Result<(), StorageError> {
+        let found = nix::sys::statvfs::statvfs(&self.inner.path)
+            .map_err(|error| StorageError::file(&self.inner.path)(io::Error::from_raw_os_error(error as i32)))?;
+        let available = found.blocks_available() * found.fragment_size();
+        let wanted = manifest.files.iter().map(|file| file.size).fold(KEPT_FREE, u64::saturating_add);
+        if wanted > available {
+            let what =
+                format!("a snapshot needs {wanted} bytes with what is kept for the log, and {available} are free");
+            return Err(StorageError::file(&self.inner.path)(io::Error::new(io::ErrorKind::StorageFull, what)));
+        }
+        Ok(())
     }
 
     /// Makes `snapshot` the current one, unless a newer one was adopted meanwhile; the older of the two goes.

@@ -92,3 +92,28 @@ fn a_manifest_may_name_only_files_of_a_snapshot() {
         assert!(matches!(store.receive(manifest), Err(StorageError::BadSnapshot(_))), "{name:?}");
     }
 }
+
+#[test]
+fn one_that_does_not_fit_is_refused_before_its_first_byte() {
+    let data = tempfile::tempdir().unwrap();
+    let (_tables, store, snapshot) = built(data.path(), &[3]);
+    let mut manifest = snapshot.manifest().clone();
+    manifest.files[0].size = u64::MAX / 2;
+    let refused = store.receive(manifest).err().expect("no disk has room for it").to_string();
+    assert!(refused.contains("are free"), "{refused}");
+    assert_eq!(names(data.path()).len(), 1, "nothing was begun");
+}
+
+#[test]
+fn what_does_not_belong_there_costs_no_snapshot() {
+    let data = tempfile::tempdir().unwrap();
+    let (tables, store, snapshot) = built(data.path(), &[3]);
+    let manifest = snapshot.manifest().clone();
+    drop((tables, store, snapshot));
+    let stray = data.path().join("snapshots/zzz");
+    fs::write(&stray, "not a directory").unwrap();
+    assert!(SnapshotStore::open(&data.path().join("snapshots")).is_err());
+    fs::remove_file(stray).unwrap();
+    let store = SnapshotStore::open(&data.path().join("snapshots")).unwrap();
+    assert_eq!(store.current().unwrap().manifest(), &manifest);
+}
