@@ -130,8 +130,14 @@ impl Core {
         if !self.members().contains_key(&id.0) {
             return Err(MembershipError::NotFound(id));
         }
-        if self.voters().contains(&id.0) && self.membership_is_settled() {
-            return Ok(());
+        if self.voters().contains(&id.0) {
+            // It may vote in only one of two memberships, because a change is half made: its own promotion or its removal.
+            self.settle_membership().await?;
+            self.within_elections(|| self.membership_is_settled()).await;
+            return match self.certain_voters().contains(&id.0) {
+                true => Ok(()),
+                false => Err(MembershipError::Refused("another change of the members is under way".into())),
+            };
         }
         self.wait_until_caught_up(id).await?;
         self.commit(ChangeMembers::AddVoterIds([id.0].into())).await
@@ -215,9 +221,23 @@ impl Core {
         self.raft.server_metrics().borrow_watched().state == ServerState::Leader
     }
 
-    /// False between the two entries of a change: a majority of the voters before it and one of those after it are needed.
+    /// False until the last of the two entries of a change is committed: until then a majority of the voters before it and one
+    /// of those after it are needed.
     pub fn membership_is_settled(&self) -> bool {
-        self.raft.server_metrics().borrow_watched().membership_config.membership().get_joint_config().len() <= 1
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let (now, committed) = (&metrics.membership_config, &metrics.committed_membership_config);
+        now.membership().get_joint_config().len() <= 1 && now.log_id() == committed.log_id()
+    }
+
+    /// Whose votes count for certain. While a change is half made, a member that votes only before or only after it replaces
+    /// nobody: to call it a voter would promise that another may fail.
+    pub fn certain_voters(&self) -> BTreeSet<u64> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = metrics.committed_membership_config.membership();
+        let in_all = |id: &u64| membership.get_joint_config().iter().all(|voters| voters.contains(id));
+        membership.voter_ids().filter(in_all).collect()
     }
 
     /// As the leader: makes the second entry of a change whose maker is gone. Who makes it is the one that asked for the

@@ -138,7 +138,7 @@ impl Core {
 
     pub fn status(&self) -> QuorumStatus {
         let metrics = self.raft.metrics().borrow_watched().clone();
-        let (leading, voters) = (self.leadership_is_mine(), self.voters());
+        let (leading, voters) = (self.leadership_is_mine(), self.certain_voters());
         let own = self.report();
         let leader = self.leadership().leader;
         let heard = self.last_contact().map(|at| at.elapsed());

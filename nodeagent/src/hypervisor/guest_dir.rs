@@ -167,14 +167,6 @@ pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     durable::replace(path, bytes).map_err(|e| failed("write", path, e))
 }
 
-/// Gives a file that is complete its name, and returns when both are on the disk.
-pub(super) fn put_in_place(part: &Path, path: &Path) -> Result<()> {
-    File::open(part).and_then(|file| file.sync_all()).map_err(|e| failed("sync", part, e))?;
-    fs::rename(part, path).map_err(|e| failed("move", part, e))?;
-    let dir = path.parent().unwrap_or(Path::new("."));
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| failed("sync", dir, e))
-}
-
 pub(super) fn failed(what: &str, path: &Path, error: io::Error) -> HypervisorError {
     HypervisorError::Transient(format!("cannot {what} {}: {error}", path.display()))
 }

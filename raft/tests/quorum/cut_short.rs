@@ -10,7 +10,7 @@ use std::{
 };
 
 use model::ControllerId;
-use raft::Replica;
+use raft::{Replica, Role};
 
 use crate::support::Quorum;
 
@@ -38,6 +38,8 @@ async fn half_promoted() -> Quorum {
         promote_half(&replica, ControllerId(2)).await;
         tokio::time::sleep(Duration::from_millis(300)).await;
         assert!(!replica.membership_is_settled(), "nobody finishes it by himself");
+        let roles: Vec<_> = replica.status().members.into_iter().map(|member| (member.id.0, member.role)).collect();
+        assert_eq!(roles, [(1, Role::Leader), (2, Role::Learner)], "its vote replaces nobody's yet");
     });
     cut_short.await;
     quorum

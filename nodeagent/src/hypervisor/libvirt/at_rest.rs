@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use model::VmId;
 
 use super::{
-    super::{GuestPower, GuestSpec, HypervisorError, OffReason, Result, guest_dir::put_in_place},
+    super::{GuestPower, GuestSpec, HypervisorError, OffReason, Result},
     Libvirt, Record, Remembered, disk, lock, not_handed_over, other_placement,
 };
 
@@ -33,7 +33,7 @@ pub fn take_in(h: &Libvirt, spec: &GuestSpec, disk: &Path) -> Result<()> {
         None => return Err(HypervisorError::Transient(format!("{vm} is not expected here"))),
     }
     disk::stand_on_base(spec, disk)?;
-    put_in_place(disk, &h.dirs.paths(vm).disk)?;
+    disk::put_in_place(disk, &h.dirs.paths(vm).disk)?;
     h.define(spec)?;
     h.amend(vm, |record| record.remembered = Remembered::Arrived)
 }

@@ -5,7 +5,7 @@
 
 use std::{
     ffi::OsStr,
-    fs,
+    fs::{self, File},
     os::unix::fs::MetadataExt,
     path::{self, Path, PathBuf},
     process::{Command, Stdio},
@@ -13,11 +13,7 @@ use std::{
 
 use model::ImageFormat;
 
-use super::super::{
-    GuestSpec, HypervisorError, Result,
-    guest_dir::{failed, put_in_place},
-    qcow2,
-};
+use super::super::{GuestSpec, HypervisorError, Result, guest_dir::failed, qcow2};
 
 /// Make the overlay, whole or not at all.
 pub fn make_overlay(spec: &GuestSpec, disk: &Path) -> Result<()> {
@@ -32,6 +28,14 @@ pub fn make_overlay(spec: &GuestSpec, disk: &Path) -> Result<()> {
     let create = ["create", "-q", "-f", "qcow2", "-F", format, "-b"];
     qemu_img(&create, &[base.as_os_str(), part.as_os_str(), OsStr::new(&size)])?;
     put_in_place(&part, disk)
+}
+
+/// Gives a file that is complete its name, and returns when both are on the disk.
+pub fn put_in_place(part: &Path, path: &Path) -> Result<()> {
+    File::open(part).and_then(|file| file.sync_all()).map_err(|e| failed("sync", part, e))?;
+    fs::rename(part, path).map_err(|e| failed("move", part, e))?;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| failed("sync", dir, e))
 }
 
 /// An overlay from another host names the base by its path there. One that stands alone stays so.
