@@ -121,8 +121,12 @@ impl ImageStore {
         hash_into(&mut hasher, &mut file).map_err(io_error("read", &path))?;
         let found = Digest(*hasher.finalize().as_bytes());
         if found != digest {
-            self.books().verified.remove(&digest);
-            fs::remove_file(&path).map_err(io_error("remove", &path))?;
+            let mut books = self.books();
+            // While this one was read, somebody else may have found the same and put a good one in its place.
+            if fs::metadata(&path).is_ok_and(|file| Stamp::of(&file).inode == stamp.inode) {
+                books.verified.remove(&digest);
+                fs::remove_file(&path).map_err(io_error("remove", &path))?;
+            }
             return Err(ImageError::Damaged { wanted: digest, found });
         }
         self.books().verified.insert(digest, stamp);
