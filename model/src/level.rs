@@ -23,7 +23,7 @@ pub(crate) const QUIET_TUNNELS: u32 = 3;
 /// From here on: a host that does not hold a machine when the cloud was refounded does not make it anew, a move is not given up
 /// while such a host is awaited, a machine that may still run on a lost host is not made exclusive, a backup on lost hosts alone
 /// does not count as safe, and what hosts and tenants say in numbers and keys is bounded.
-pub(crate) const CAREFUL: u32 = 4;
+pub const CAREFUL: u32 = 4;
 
 impl Command {
     /// The level at which it came to be.

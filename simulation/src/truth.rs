@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use model::{Capacity, MigrationStage, NodeId, NodeState, Placement, VmId, Wanted};
+use model::{Capacity, MigrationStage, NodeId, NodeState, Placement, VmId, Wanted, level};
 
 use crate::{cloud::Cloud, coverage, host::Guest};
 
@@ -34,9 +34,9 @@ fn running(cloud: &Cloud) -> impl Iterator<Item = (NodeId, VmId, &Guest)> {
 fn no_exclusive_machine_runs_twice(cloud: &Cloud) -> Result<(), String> {
     let mut hosts: BTreeMap<VmId, (NodeId, u64)> = BTreeMap::new();
     let mut addresses: BTreeMap<(u32, u32), VmId> = BTreeMap::new();
-    // Nor does one that was available, ran twice, and must not any more: before level 4 nobody saw to that.
+    // Nor does one that was available, ran twice, and must not any more: at lower levels nobody sees to that.
     let exclusive: BTreeSet<VmId> = running(cloud).filter(|(.., guest)| guest.exclusive).map(|(_, vm, _)| vm).collect();
-    let careful = cloud.around.quorum.state.quorum().level >= 4;
+    let careful = cloud.around.quorum.state.quorum().level >= level::CAREFUL;
     let others = running(cloud).filter(|(_, vm, guest)| careful && !guest.exclusive && exclusive.contains(vm));
     if let Some((host, vm, guest)) = others.into_iter().next() {
         return Err(format!("{vm} is exclusive, and runs on {host} as available at epoch {}", guest.epoch));

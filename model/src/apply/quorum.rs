@@ -3,7 +3,7 @@
 use super::{Applied, Moment, check};
 use crate::{
     Capacity, Controller, ControllerId, Digest, JoinRole, Noun, Rejection, Reply, Role, State, Template, Timestamp,
-    User,
+    User, level,
 };
 
 /// The price of weight 1 for an hour until an operator sets another: a hundredth of a unit.
@@ -18,6 +18,11 @@ const FIRST_TEMPLATES: [(&str, u64, u64, u64, u64); 4] = [
 ];
 
 impl State {
+    /// See [`level::CAREFUL`].
+    pub(super) fn is_careful(&self) -> bool {
+        self.quorum().level >= level::CAREFUL
+    }
+
     pub(super) fn found(&mut self, m: Moment, cluster: &str, first: (&str, &str), operator: (&str, Digest)) -> Applied {
         if !self.controllers.is_empty() {
             return Err(check::exists(Noun::Cluster, &self.cluster().id));

@@ -5,10 +5,12 @@
 //! away twice: until every host has said what it holds, no machine of before is placed or recovered. What a host holds
 //! by a newer placement than the one known here is believed; what is not known at all is left alone and listed.
 
+use std::collections::BTreeSet;
+
 use super::{Applied, Moment, check};
 use crate::{
     Controller, ControllerId, Digest, Held, INDICES_PER_SECOND, Node, NodeId, NodeState, Noun, Phase, Quorum,
-    Refounding, Rejection, Reply, Role, State, User, Vm, VmId, Wanted, level, setting,
+    Refounding, Rejection, Reply, Role, State, User, Vm, VmId, Wanted, setting,
 };
 
 /// Ids, MAC addresses and VNIs that are left out: more than any cloud makes between two backups. A quorum that was
@@ -38,10 +40,6 @@ impl State {
     /// Whether this host has to say what it holds before it is told what it should be.
     pub fn awaits(&self, node: NodeId) -> bool {
         self.quorum().refounding.as_ref().is_some_and(|open| open.awaited.contains(&node))
-    }
-
-    pub(super) fn is_careful(&self) -> bool {
-        self.quorum().level >= level::CAREFUL
     }
 
     pub(super) fn raise_level(&mut self, to: u32) -> Applied {
@@ -162,10 +160,10 @@ impl State {
     /// from its first image, beside the one that another may hold; so it is nowhere until that one is heard of, or its owner
     /// asks for it.
     fn miss_guests(&mut self, m: Moment, node: NodeId, guests: &[(VmId, Held)]) {
-        let held = |vm: VmId, epoch: u64| guests.iter().any(|(id, held)| *id == vm && held.epoch == epoch);
+        let held: BTreeSet<(VmId, u64)> = guests.iter().map(|(vm, held)| (*vm, held.epoch)).collect();
         // Where a move is not over, either of two hosts may have it, and one that arrived is not told of.
         let gone = |vm: &&Vm| {
-            let placed = vm.placement.is_some_and(|placement| !held(vm.id, placement.epoch));
+            let placed = vm.placement.is_some_and(|placement| !held.contains(&(vm.id, placement.epoch)));
             placed && vm.existed && vm.migration.is_none() && !vm.ghost && vm.wanted != Wanted::Deleted
         };
         let gone: Vec<Vm> = self.vms_on_node(node).filter(gone).cloned().collect();

@@ -8,9 +8,9 @@
 //! Records are replaced whole and synced. Deliberately not here: what a record means; each hypervisor has its own.
 
 use std::{
-    fs::{self, DirBuilder, File},
-    io::{self, Read, Seek, SeekFrom},
-    os::unix::fs::DirBuilderExt,
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -111,7 +111,9 @@ impl GuestDirs {
 
     pub fn write<T: Serialize>(&self, vm: VmId, record: &T) -> Result<()> {
         let bytes = serde_json::to_vec(record).map_err(|e| HypervisorError::Permanent(e.to_string()))?;
-        write_whole(&self.record(vm), &bytes)
+        // The quorum may have been told what it says: it outlives a loss of power.
+        let path = self.record(vm);
+        durable::replace(&path, &bytes).map_err(|e| failed("write", &path, e))
     }
 
     /// Remove everything of a machine. A removal that is cut short is finished at the next start.
@@ -161,10 +163,15 @@ impl GuestDirs {
     }
 }
 
-/// Readers see the old file or the new one, also after a loss of power: the quorum may have been told what it says. For its
-/// owner only, because seeds and consoles hold secrets.
+/// Readers see the old file or the new one. Not synced: seeds are made anew, and a console's end is nobody's promise.
 pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    durable::replace(path, bytes).map_err(|e| failed("write", path, e))
+    let part = path.with_extension("part");
+    // Seeds and consoles hold secrets of the owner.
+    let write = || -> io::Result<()> {
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part)?.write_all(bytes)?;
+        fs::rename(&part, path)
+    };
+    write().map_err(|e| failed("write", path, e))
 }
 
 pub(super) fn failed(what: &str, path: &Path, error: io::Error) -> HypervisorError {
