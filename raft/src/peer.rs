@@ -11,7 +11,7 @@ use std::{
 };
 
 use api::tls::PEER_NAME;
-use futures::{Stream, StreamExt, stream};
+use futures::{Stream, StreamExt, future, stream};
 use model::ControllerId;
 use openraft::{
     AnyError, BasicNode, OptionalSend, RaftNetworkFactory,
@@ -23,10 +23,13 @@ use openraft::{
         VoteRequest, VoteResponse,
     },
 };
-use tokio::{runtime::Handle, sync::watch};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, watch},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
-    Request, Status,
+    Request, Status, Streaming,
     metadata::MetadataMap,
     transport::{Channel, ClientTlsConfig, Endpoint},
 };
@@ -182,17 +185,26 @@ pub struct Connection {
     id: u64,
     address: String,
     lane: Lane,
+    /// What the last heartbeat went on, if it was answered.
+    heartbeats: Option<Heartbeats>,
+}
+
+/// A stream of entries that has none in it. openraft begins another for each heartbeat, and each linearizable read is a round of
+/// them; to begin one costs several times what a message does, so this one is kept.
+struct Heartbeats {
+    requests: mpsc::Sender<Frame>,
+    answers: Streaming<Frame>,
 }
 
 impl RaftNetworkFactory<TypeConfig> for Peers {
     type Network = Connection;
 
     async fn new_client(&mut self, id: u64, node: &BasicNode) -> Connection {
-        Connection { peers: self.clone(), id, address: node.addr.clone(), lane: Lane::Bulk }
+        Connection { peers: self.clone(), id, address: node.addr.clone(), lane: Lane::Bulk, heartbeats: None }
     }
 
     async fn new_heartbeat_client(&mut self, id: u64, node: &BasicNode) -> Connection {
-        Connection { peers: self.clone(), id, address: node.addr.clone(), lane: Lane::Control }
+        Connection { peers: self.clone(), id, address: node.addr.clone(), lane: Lane::Control, heartbeats: None }
     }
 }
 
@@ -208,6 +220,82 @@ impl Connection {
             CallError::Unclear(status) => network(&status),
         })
     }
+
+    /// One stream for as long as openraft has entries for it.
+    async fn replicate<'s, S>(&'s mut self, input: S) -> Result<Appended<'s>, RPCError<TypeConfig>>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+    {
+        // openraft waits between its attempts where the first request is made. A connection that is refused before
+        // anybody asked for one would be tried again at once, tens of thousands of times a second.
+        let mut input = input.map(|request| wire::encode(&request));
+        let Some(first) = input.next().await else {
+            return Ok(Box::pin(stream::empty()));
+        };
+        let answers = self.open(stream::iter([first]).chain(input)).await?;
+        Ok(Box::pin(answers.map(appended)))
+    }
+
+    /// One request after the other, as they are answered.
+    fn beat<'s, S>(&'s mut self, input: S) -> Appended<'s>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+    {
+        Box::pin(stream::unfold((self, input), |(connection, mut input)| async {
+            let request = wire::encode(&input.next().await?);
+            Some((connection.heartbeat(request).await, (connection, input)))
+        }))
+    }
+
+    /// On the stream that is kept, or on a new one: the peer may have been started again since. Who gives up waiting for the
+    /// answer gives up the stream with it, so that answers and requests stay pairs.
+    async fn heartbeat(&mut self, request: Frame) -> Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>> {
+        if let Some(kept) = self.heartbeats.take()
+            && let Some((answer @ Ok(_), kept)) = kept.exchange(request.clone()).await
+        {
+            return self.keep(answer, kept);
+        }
+        let (requests, frames) = mpsc::channel(1);
+        let answers = self.open(ReceiverStream::new(frames)).await?;
+        let ended = || network(&Status::unavailable("the peer ended the stream of heartbeats"));
+        let (answer, kept) = Heartbeats { requests, answers }.exchange(request).await.ok_or_else(ended)?;
+        self.keep(answer, kept)
+    }
+
+    /// The peer ends the stream with each answer that is not a yes.
+    fn keep(
+        &mut self,
+        answer: Result<Frame, Status>,
+        heartbeats: Heartbeats,
+    ) -> Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>> {
+        let answer = appended(answer);
+        self.heartbeats = matches!(answer, Ok(Ok(_))).then_some(heartbeats);
+        answer
+    }
+
+    async fn open(
+        &self,
+        frames: impl Stream<Item = Frame> + Send + 'static,
+    ) -> Result<Streaming<Frame>, RPCError<TypeConfig>> {
+        let answers = self.client(self.lane)?.append(self.peers.signed(frames)).await;
+        Ok(answers.map_err(|status| rpc_error(&self.peers.heed(self.id, status)))?.into_inner())
+    }
+}
+
+impl Heartbeats {
+    /// Nothing when the peer has ended the stream.
+    async fn exchange(mut self, request: Frame) -> Option<(Result<Frame, Status>, Self)> {
+        self.requests.send(request).await.ok()?;
+        let answer = self.answers.next().await?;
+        Some((answer, self))
+    }
+}
+
+type Appended<'s> = BoxStream<'s, Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>>>;
+
+fn appended(frame: Result<Frame, Status>) -> Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>> {
+    let frame = frame.map_err(|status| rpc_error(&status))?;
+    wire::decode_frame::<StreamAppendResult<TypeConfig>>(&frame).map_err(|status| network(&status))
 }
 
 impl NetStreamAppend<TypeConfig> for Connection {
@@ -215,31 +303,14 @@ impl NetStreamAppend<TypeConfig> for Connection {
         &'s mut self,
         input: S,
         _option: RPCOption,
-    ) -> BoxFuture<
-        's,
-        Result<BoxStream<'s, Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>>>, RPCError<TypeConfig>>,
-    >
+    ) -> BoxFuture<'s, Result<Appended<'s>, RPCError<TypeConfig>>>
     where
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
-        Box::pin(async move {
-            let mut client = self.client(self.lane)?;
-            // openraft waits between its attempts where the first request is made. A connection that is refused before
-            // anybody asked for one would be tried again at once, tens of thousands of times a second.
-            let mut input = input.map(|request| wire::encode(&request));
-            let Some(first) = input.next().await else {
-                return Ok(Box::pin(stream::empty()) as BoxStream<'s, _>);
-            };
-            let frames = stream::iter([first]).chain(input);
-            let request = self.peers.signed(frames);
-            let refused = |status| rpc_error(&self.peers.heed(self.id, status));
-            let replies = client.append(request).await.map_err(refused)?.into_inner();
-            let results = replies.map(|frame| {
-                let frame = frame.map_err(|status| rpc_error(&status))?;
-                wire::decode_frame::<StreamAppendResult<TypeConfig>>(&frame).map_err(|status| network(&status))
-            });
-            Ok(Box::pin(results) as BoxStream<'s, _>)
-        })
+        match self.lane {
+            Lane::Bulk => Box::pin(self.replicate(input)),
+            Lane::Control => Box::pin(future::ready(Ok(self.beat(input)))),
+        }
     }
 }
 
@@ -315,7 +386,7 @@ impl NetBackoff<TypeConfig> for Connection {
 
 /// The head, then the files' bytes as they are read. A disk error ends the stream early, which the receiver refuses.
 fn snapshot_frames(vote: Vote, snapshot: storage::snapshot::Snapshot) -> ReceiverStream<Frame> {
-    let (sender, receiver) = tokio::sync::mpsc::channel(SNAPSHOT_CHUNKS_AHEAD);
+    let (sender, receiver) = mpsc::channel(SNAPSHOT_CHUNKS_AHEAD);
     tokio::task::spawn_blocking(move || {
         let head = SnapshotHead { vote, manifest: snapshot.manifest().clone() };
         if sender.blocking_send(wire::encode(&head)).is_err() {
