@@ -104,6 +104,26 @@ async fn a_linearizable_read_on_a_follower_sees_what_was_acknowledged_before_it(
     assert!(age < support::SOON, "{age:?}");
 }
 
+/// What a leader's heartbeats go on is kept, and a follower that was started again knows nothing of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_follower_that_was_started_again_confirms_reads() {
+    let mut quorum = Quorum::of_three().await;
+    let leader = quorum.leader().await;
+    let followers: Vec<u64> = quorum.ids().into_iter().filter(|id| *id != leader).collect();
+    for (again, away) in [(followers[0], followers[1]), (followers[1], followers[0])] {
+        quorum.on(leader, |replica| async move { replica.linearize().await }).await.unwrap();
+        quorum.kill(again).await;
+        quorum.start(again).await;
+        quorum.on(leader, |replica| async move { replica.linearize().await }).await.unwrap();
+        quorum.kill(away).await;
+        for _ in 0..20 {
+            let read = quorum.on(leader, |replica| async move { replica.linearize().await }).await;
+            assert!(read.is_ok(), "only {again} can confirm it: {read:?}");
+        }
+        quorum.start(away).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_majority_nothing_is_promised() {
     let mut quorum = Quorum::of_three().await;
